@@ -1,0 +1,37 @@
+"""Typed errors.
+
+Every error cuflash raises derives from `CuflashError` and from the built-in that a caller would
+expect, names the argument and its value, and says what it must be.
+"""
+
+
+class CuflashError(Exception):
+    """Base of every error raised by cuflash."""
+
+
+class InvalidValueError(CuflashError, ValueError):
+    """An argument has a value outside of what it may be."""
+
+
+class InvalidShapeError(InvalidValueError):
+    """The shape of an array does not fit the problem."""
+
+
+class InvalidTypeError(CuflashError, TypeError):
+    """An argument has the wrong type."""
+
+
+class InvalidDtypeError(InvalidTypeError):
+    """An array has a dtype that the operation or the device cannot take."""
+
+
+class DeviceError(CuflashError, RuntimeError):
+    """Arrays lie on different devices, or the device or its software is missing."""
+
+
+class CompileError(CuflashError, RuntimeError):
+    """A kernel does not compile; the message carries the compiler's log and the source's path."""
+
+
+class ConfigError(InvalidValueError):
+    """A kernel configuration contradicts itself, the problem or the architecture."""

@@ -1,0 +1,36 @@
+"""Options that steer how a problem is answered, never what is answered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cuflash.errors import InvalidTypeError, InvalidValueError
+from cuflash.plan.config import MAX_SPLITS, ForwardConfig
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run an attention call on a GPU (real or emulated).
+
+    Parameters
+    ----------
+    num_splits : int, optional
+        Into how many parts the keys of one query tile are split, 1 to 128. None lets the plan choose: one
+        when the query tiles alone fill the device. A fixed number gives the same bits for a query
+        whatever else is in the batch.
+    config : ForwardConfig, optional
+        Explicit kernel configuration; None lets the plan choose. The fields that follow from the
+        problem (dtype, head dims, bias, ...) must agree with it.
+    """
+
+    num_splits: int | None = None
+    config: ForwardConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_splits is not None:
+            if isinstance(self.num_splits, bool) or not isinstance(self.num_splits, int):
+                raise InvalidTypeError(f"options.num_splits = {self.num_splits!r}: must be an int or None")
+            if not 1 <= self.num_splits <= MAX_SPLITS:
+                raise InvalidValueError(f"options.num_splits = {self.num_splits}: must be 1 to {MAX_SPLITS}")
+        if self.config is not None and not isinstance(self.config, ForwardConfig):
+            raise InvalidTypeError(f"options.config = {self.config!r}: must be a ForwardConfig or None")

@@ -1,0 +1,1 @@
+"""Which kernel configuration answers a problem on an architecture. Pure functions; nothing here touches a GPU."""

@@ -1,0 +1,131 @@
+"""Kernel configurations: the compile-time constants of each kernel family, mirrored by one CUDA struct each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from cuflash.errors import ConfigError
+
+ELEMENT_NAMES = ("none", "float16", "bfloat16", "float32")  # order of `enum class Element` in CUDA
+
+
+MAX_SPLITS = 128  # partial states that one combine launch merges
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class ForwardConfig:
+    """Compile-time constants of the forward kernel; field order is that of the CUDA struct of the same name.
+
+    head_dim and head_dim_v are exact: the kernel pads its tiles, never its inputs. A block computes block_m queries
+    against tiles of block_n keys for block_dv of the head_dim_v output columns.
+    """
+
+    dtype: str  # q, k, v and (unless split) o: float16 or bfloat16
+    bias_dtype: str  # "none" without a bias
+    head_dim: int
+    head_dim_v: int
+    block_m: int
+    block_n: int
+    block_dv: int
+    num_warps: int
+    num_stages: int  # key/value tiles in flight
+    q_in_registers: bool
+    load_bytes: int  # widest access every row of q, k and v is aligned to: 16, 8, 4 or 2
+    store_bytes: int  # the same for o
+    windowed: bool
+    softcapped: bool
+    varlen: bool
+    split: bool  # writes float32 partial states for the combine kernel
+
+    family = "forward"
+
+    def __post_init__(self) -> None:
+        def require(condition: bool, field: str, must: str) -> None:
+            if not condition:
+                raise ConfigError(f"ForwardConfig.{field} = {getattr(self, field)!r}: must be {must}")
+
+        require(self.dtype in ELEMENT_NAMES[1:3], "dtype", "float16 or bfloat16")
+        require(self.bias_dtype in ELEMENT_NAMES, "bias_dtype", f"one of {ELEMENT_NAMES}")
+        require(1 <= self.head_dim <= 512, "head_dim", "1 to 512")
+        require(1 <= self.head_dim_v <= 512, "head_dim_v", "1 to 512")
+        require(self.num_warps in (1, 2, 4, 8), "num_warps", "1, 2, 4 or 8")
+        require(
+            self.block_m > 0 and self.block_m % (16 * self.num_warps) == 0,
+            "block_m", f"a multiple of 16 * num_warps = {16 * self.num_warps}",
+        )
+        require(self.block_n > 0 and self.block_n % 16 == 0, "block_n", "a multiple of 16")
+        require(self.block_dv % 16 == 0 and 16 <= self.block_dv <= 256, "block_dv", "a multiple of 16 up to 256")
+        require(self.num_stages in (1, 2), "num_stages", "1 or 2")
+        require(self.load_bytes in (2, 4, 8, 16), "load_bytes", "2, 4, 8 or 16")
+        require(self.store_bytes in (2, 4, 8, 16), "store_bytes", "2, 4, 8 or 16")
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.num_warps
+
+    @property
+    def entry(self) -> str:
+        """Name of the kernel in the cubin."""
+        return f"cuflash_forward_d{self.head_dim}_{self.head_dim_v}_{self.block_m}x{self.block_n}"
+
+    def unit(self) -> str:
+        """The CUDA source to compile: an include, the constant, an entry."""
+        return _unit(self, "forward", f"__launch_bounds__({self.threads})")
+
+
+@dataclass(frozen=True)
+class CombineConfig:
+    """Compile-time constants of the kernel that merges partial attention states (split keys, `merge_states`)."""
+
+    state_dtype: str  # of the partial outputs
+    out_dtype: str
+    head_dim_v: int
+    num_warps: int
+
+    family = "combine"
+
+    def __post_init__(self) -> None:
+        for field in ("state_dtype", "out_dtype"):
+            if getattr(self, field) not in ELEMENT_NAMES[1:]:
+                raise ConfigError(f"CombineConfig.{field} = {getattr(self, field)!r}: must be one of {ELEMENT_NAMES[1:]}")
+        if self.head_dim_v < 1:
+            raise ConfigError(f"CombineConfig.head_dim_v = {self.head_dim_v}: must be >= 1")
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.num_warps
+
+    @property
+    def entry(self) -> str:
+        return f"cuflash_combine_d{self.head_dim_v}"
+
+    def unit(self) -> str:
+        return _unit(self, "combine", f"__launch_bounds__({self.threads})")
+
+
+KernelConfig = ForwardConfig | CombineConfig
+
+
+def _unit(config: KernelConfig, family: str, bounds: str) -> str:
+    """`constexpr XConfig kConfig{.a = 1, ...}` and an extern "C" entry that calls the kernel's body."""
+    name = type(config).__name__
+    body = "\n".join(f"    .{f.name} = {_literal(getattr(config, f.name))}," for f in fields(config))
+    return (
+        f'#include "kernels/{family}.cu"\n'
+        f"constexpr cuflash::{name} kConfig{{\n{body}\n}};\n"
+        f'extern "C" __global__ void {bounds}\n'
+        f"{config.entry}(const __grid_constant__ cuflash::{family.capitalize()}Params params) {{\n"
+        f"    cuflash::{family}<kConfig>(params);\n}}\n"
+    )
+
+
+def _literal(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return f"cuflash::Element::{value}"
+    return str(value)

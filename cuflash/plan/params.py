@@ -1,0 +1,65 @@
+"""Run-time parameters of the kernels: NumPy records, passed by value, mirrored by one CUDA struct each.
+
+Strides are in elements, int64; pointers are uint64. A test compares names, order and offsets with the CUDA structs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cuflash.plan.config import MAX_SPLITS
+
+FORWARD_PARAMS = np.dtype(
+    [
+        ("q", np.uint64),  # (batch, seqlen_q, num_heads, head_dim); packed: (total_q, num_heads, head_dim)
+        ("k", np.uint64),  # (batch, seqlen_k, num_kv_heads, head_dim); packed: (total_k, ...)
+        ("v", np.uint64),  # (batch, seqlen_k, num_kv_heads, head_dim_v); packed: (total_k, ...)
+        ("o", np.uint64),  # (batch, seqlen_q, num_heads, head_dim_v); split: float32, one more leading axis
+        ("lse", np.uint64),  # float32 (batch, num_heads, seqlen_q), packed (num_heads, total_q); 0: not wanted
+        ("bias", np.uint64),  # (batch, num_heads, seqlen_q, seqlen_k) by strides, 0 where broadcast
+        ("cu_seqlens_q", np.uint64),  # int32 (batch + 1), packed only
+        ("cu_seqlens_k", np.uint64),
+        ("q_strides", np.int64, 3),  # batch, token, head
+        ("k_strides", np.int64, 3),
+        ("v_strides", np.int64, 3),
+        ("o_strides", np.int64, 3),
+        ("lse_strides", np.int64, 3),  # batch, head, token
+        ("bias_strides", np.int64, 4),  # batch, head, query, key
+        ("o_split_stride", np.int64),
+        ("lse_split_stride", np.int64),
+        ("scale", np.float32),
+        ("softcap", np.float32),
+        ("batch", np.int32),
+        ("num_heads", np.int32),
+        ("group", np.int32),  # query heads per key/value head
+        ("seqlen_q", np.int32),  # packed: upper bound of a sequence's length
+        ("seqlen_k", np.int32),
+        ("total_q", np.int32),  # packed: number of tokens; cu_seqlens are clamped to it
+        ("total_k", np.int32),
+        ("left", np.int32),  # window, NO_BOUND where unbounded
+        ("right", np.int32),
+        ("num_splits", np.int32),
+        ("q_tiles", np.int32),  # query tiles of one head of one batch entry; packed: of one head in all
+    ],
+    align=True,
+)
+
+NO_BOUND = 2**31 - 1  # kernels compute window bounds in 64 bits
+
+COMBINE_PARAMS = np.dtype(
+    [
+        ("states", np.uint64, MAX_SPLITS),  # partial outputs, each laid out by state_strides
+        ("lses", np.uint64, MAX_SPLITS),  # float32, each laid out by state_lse_strides
+        ("o", np.uint64),
+        ("lse", np.uint64),  # 0: not wanted
+        ("state_strides", np.int64, 3),  # batch, token, head
+        ("state_lse_strides", np.int64, 3),  # batch, head, token
+        ("o_strides", np.int64, 3),
+        ("lse_strides", np.int64, 3),
+        ("num_states", np.int32),
+        ("num_heads", np.int32),
+        ("seqlen_q", np.int32),
+        ("rows", np.int64),  # batch * num_heads * seqlen_q
+    ],
+    align=True,
+)
