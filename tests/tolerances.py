@@ -1,0 +1,90 @@
+"""The one table of tolerances, and the comparison that uses it.
+
+The rule (that of the FlashAttention papers' tests): the largest error against the float64 oracle may be at most FACTOR
+times that of standard attention computed in the input dtype, plus a small absolute term. lse is kept in float32 whatever
+the inputs are, so it is held to standard attention in float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from ml_dtypes import finfo
+
+from tests import oracle
+
+FACTOR = 2.0
+GRADIENT_FACTOR = 3.0
+
+
+class Tolerance(NamedTuple):
+    """Absolute terms in units of the dtype's epsilon (lse: the lse dtype's), times the largest expected magnitude."""
+
+    out_ulps: float
+    lse_ulps: float
+
+
+TOLERANCES = {
+    # One rounding of the result; standard attention may happen to be exact where a tiled sum is not (one key, say).
+    "float16": Tolerance(1.0, 16.0),
+    "bfloat16": Tolerance(1.0, 16.0),
+    # A sum of D products and N weights in another order, and exp within 2 ulp: a few units at test sizes.
+    "float32": Tolerance(16.0, 16.0),
+    "float64": Tolerance(16.0, 16.0),
+}
+
+
+def lse_dtype(dtype) -> np.dtype:
+    """float64 for float64, float32 for every other dtype."""
+    return np.dtype(np.float64 if np.dtype(dtype) == np.float64 else np.float32)
+
+
+def assert_within(name: str, got, want, standard, dtype, ulps: float, factor: float = FACTOR) -> None:
+    """max |got - want| <= factor * max |standard - want| + ulps * eps(dtype) * max(1, max |want|), infinities equal."""
+    got, want, standard = (np.asarray(x).astype(np.float64) for x in (got, want, standard))
+    if got.shape != want.shape:
+        raise AssertionError(f"{name}: shape {got.shape}, expected {want.shape}")
+    if got.size == 0:
+        return
+    finite = np.isfinite(want)
+    odd = np.where(finite, ~np.isfinite(got), (got != want) & ~(np.isnan(got) & np.isnan(want)))
+    if odd.any():
+        raise AssertionError(f"{name}: {_where(odd, got, want)}; {odd.sum()} of {odd.size} wrongly (not) finite")
+    error = np.where(finite, np.abs(np.where(finite, got, 0) - np.where(finite, want, 0)), 0)
+    both = finite & np.isfinite(standard)
+    allowed = np.abs(np.where(both, standard, 0) - np.where(both, want, 0)).max()
+    magnitude = max(1.0, np.abs(want[finite]).max(initial=0.0))
+    limit = factor * allowed + ulps * float(finfo(np.dtype(dtype)).eps) * magnitude
+    if error.max() > limit:
+        raise AssertionError(
+            f"{name}: {_where(error == error.max(), got, want)}; error {error.max():.3e} > {limit:.3e} allowed "
+            f"(standard attention's {allowed:.3e}); {(error > limit).sum()} of {error.size} elements beyond it"
+        )
+
+
+def assert_close(out, lse, want: oracle.Result, out_standard, lse_standard, dtype) -> None:
+    """`out` (and `lse` unless None) are as close to the oracle's as the table asks for inputs of `dtype`."""
+    tolerance = TOLERANCES[np.dtype(dtype).name]
+    assert_within("out", out, want.out, out_standard, dtype, tolerance.out_ulps)
+    if lse is not None:
+        assert_within("lse", lse, want.lse, lse_standard, lse_dtype(dtype), tolerance.lse_ulps)
+
+
+def assert_attention(out, lse, q, k, v, cu_seqlens=None, **keywords) -> None:
+    """Holds a result against the oracle on the same inputs; `cu_seqlens` is (cu_seqlens_q, cu_seqlens_k) if packed."""
+
+    def run(function, **more):
+        if cu_seqlens is None:
+            return function(q, k, v, **keywords, **more)
+        return oracle.over_sequences(function, q, k, v, *cu_seqlens, **keywords, **more)
+
+    want = run(oracle.attention)
+    in_dtype = run(oracle.standard)
+    in_lse_dtype = in_dtype if lse_dtype(q.dtype) == q.dtype else run(oracle.standard, dtype=lse_dtype(q.dtype))
+    assert_close(out, lse, want, in_dtype.out, in_lse_dtype.lse, q.dtype)
+
+
+def _where(chosen: np.ndarray, got: np.ndarray, want: np.ndarray) -> str:
+    at = tuple(int(i) for i in np.argwhere(chosen)[0])
+    return f"at {at} got {got[at]:.9g}, expected {want[at]:.9g}"
