@@ -1,0 +1,65 @@
+"""Options and fixtures of all tests. A test that takes `device` runs once on every device asked for by --device."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy loads its BLAS: pytest's workers share the cores
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import hypothesis
+import pytest
+
+from tests.devices import DEVICES
+
+hypothesis.settings.register_profile("cuflash", deadline=None, derandomize=True, max_examples=25)
+hypothesis.settings.load_profile("cuflash")
+
+DEFAULT_DEVICES = ("cpu", "emulated")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        action="append",
+        choices=tuple(DEVICES),
+        help=f"device to test, may be repeated; by default {' and '.join(DEFAULT_DEVICES)}",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # One kernel cache for all tests and workers, kept between runs and apart from the user's.
+    os.environ.setdefault("CUFLASH_CACHE_DIR", str(config.cache.mkdir("cuflash")))
+    if "cuda" in chosen_devices(config):
+        import cupy
+
+        if not cupy.cuda.is_available():
+            raise pytest.UsageError("--device=cuda: CuPy finds no GPU on this machine")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parametrise `device`, and `dtype` with it where a test takes both and names no dtypes: the pairs that exist."""
+    if "device" not in metafunc.fixturenames:
+        return
+    names = chosen_devices(metafunc.config)
+    named = {argument for mark in metafunc.definition.iter_markers("parametrize") for argument in _arguments(mark)}
+    if "dtype" in metafunc.fixturenames and "dtype" not in named:
+        pairs = [(name, dtype) for name in names for dtype in DEVICES[name].dtypes]
+        metafunc.parametrize(("device", "dtype"), pairs, indirect=["device"])
+    else:
+        metafunc.parametrize("device", names, indirect=True)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest):
+    """The device under test: `.name`, `.dtypes`, `.run(function, *arrays, **keywords)`; see tests/devices.py."""
+    return DEVICES[request.param]()
+
+
+def chosen_devices(config: pytest.Config) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(config.getoption("--device") or DEFAULT_DEVICES))
+
+
+def _arguments(mark: pytest.Mark) -> list[str]:
+    names = mark.args[0]
+    return [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
