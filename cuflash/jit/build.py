@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Hashable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -14,8 +15,8 @@ from cuflash.jit import compiler, sources
 from cuflash.jit.cache import Entry, cache_dir, temporary_dir
 
 
-class Unit(Protocol):
-    """What can be compiled; every kernel configuration of `cuflash.plan.config` is one. Hashable."""
+class Unit(Hashable, Protocol):
+    """What can be compiled; every kernel configuration of `cuflash.plan.config` is one."""
 
     @property
     def entry(self) -> str:
