@@ -1,0 +1,107 @@
+"""The benchmarks run, check what they time, and say what is wrong with their arguments."""
+
+import argparse
+import json
+import sys
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from benchmarks import cases, contenders, forward, machine, measure, memory
+
+CASE = cases.Case(2, 65, 4, 2, 16, "float32", None, 0)
+
+
+@pytest.fixture
+def small_machine(monkeypatch):
+    """Rates of a matrix product and a copy from small arrays."""
+    monkeypatch.setattr(machine, "CPU_MATRIX", 64)
+    monkeypatch.setattr(machine, "CPU_COPY_BYTES", 1 << 16)
+
+
+def test_forward_writes_figures_for_every_case(small_machine, tmp_path):
+    arguments = ["--device", "cpu", "--shapes", "1,64,2,16", "2,65,4,8,2", "--masks", "full", "causal", "window=7,3"]
+    arguments += ["--contenders", "cuflash", "--repeats", "2", "--output", str(tmp_path)]
+    assert forward.main(arguments) == 0
+    report = json.loads((tmp_path / "forward.json").read_text())
+    assert len(report["results"]) == 6
+    assert {"python", "cpu", "numpy"} <= set(report["machine"])
+    for row in report["results"]:
+        assert row["seconds"]["least"] <= row["seconds"]["median"] <= row["seconds"]["p90"]
+        assert row["tflops"] > 0
+        assert row["share_of_matmul"] > 0
+        assert row["share_of_copy"] > 0
+        assert 0 <= row["error"] <= cases.ERROR_LIMITS["float32"]
+    assert (tmp_path / "forward.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("contender", contenders.find("cpu"), ids=lambda c: c.name)
+def test_every_contender_answers_the_same_question(contender):
+    rows, runs = forward._checked(CASE, [contender])
+    assert list(runs) == [contender.name], rows
+
+
+def test_a_wrong_answer_is_not_timed():
+    def prepare(case, inputs):
+        return contenders.Run(lambda: inputs[0] * 0, lambda out: None, np.asarray)
+
+    rows, runs = forward._checked(CASE, [contenders.Contender("zeros", "0", prepare)])
+    assert runs == {}
+    assert rows[0]["failure"].startswith("wrong: error")
+
+
+def test_a_refusal_stands_in_the_results(small_machine, tmp_path, monkeypatch):
+    def prepare(case, inputs):
+        raise RuntimeError("head_dim is not for me")
+
+    refusing = contenders.Contender("cuflash", "0", prepare)
+    monkeypatch.setattr(contenders, "find", lambda device: [refusing])
+    arguments = ["--device", "cpu", "--shapes", "1,8,1,8", "--masks", "full", "--output", str(tmp_path)]
+    assert forward.main(arguments) == 1
+    assert "head_dim is not for me" in json.loads((tmp_path / "forward.json").read_text())["results"][0]["failure"]
+
+
+def test_samples_are_interleaved():
+    order = []
+    runs = {name: contenders.Run(lambda n=name: n, lambda out: None, np.asarray) for name in "abc"}
+    times = measure.interleaved(runs, lambda run: float(len(order)) + bool(order.append(run.call())), repeats=3)
+    assert "".join(order) == "abcbcacab"
+    assert times["a"].count == 3
+
+
+def test_peak_memory_of_a_fresh_process(capsys):
+    if not sys.platform.startswith("linux"):
+        pytest.fail("the high-water mark is read from Linux's /proc")
+    assert memory.main(["--shape", "1,256,1,16", "--contenders", "cuflash", "--threads", "1"]) == 0
+    assert "cuflash" in capsys.readouterr().out
+
+
+def test_inputs_are_not_zeros():
+    for array in CASE.inputs():
+        assert abs(float(array.std()) - 1) < 0.1
+
+
+@pytest.mark.parametrize("text", ["1,2,3", "1,2,3,4,5,6", "a,2,3,4", "0,2,3,4", "1,8,4,16,3"])
+def test_bad_shape(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="must be"):
+        cases.parse_shape(text)
+
+
+@pytest.mark.parametrize("text", ["half", "window", "window=3", "window=-1,2", "causal=1"])
+def test_bad_mask(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="must be full, causal or window=left,right"):
+        cases.parse_mask(text)
+
+
+def test_tables_show_every_result():
+    rows = [{"case": "c", "contender": "peer", "failure": "no"}]
+    console = Console(record=True, width=100)
+    console.print(*forward_tables(rows))
+    assert "peer: no" in console.export_text()
+
+
+def forward_tables(rows):
+    from benchmarks import report
+
+    return report.tables(rows)
