@@ -1,0 +1,56 @@
+"""cuflash: exact, IO-aware attention for NumPy, CuPy and DLPack arrays, with no deep-learning framework.
+
+Public: `attention`, `attention_varlen`, `merge_states`, `emulate`, `Options`, the errors, and the modules `reference`,
+`io_model` and `emulator`, which load when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from cuflash.attention import attention
+from cuflash.errors import (
+    CompileError,
+    ConfigError,
+    CuflashError,
+    DeviceError,
+    InvalidDtypeError,
+    InvalidShapeError,
+    InvalidTypeError,
+    InvalidValueError,
+)
+from cuflash.options import Options
+
+if TYPE_CHECKING:
+    from cuflash import emulator, io_model, reference
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompileError",
+    "ConfigError",
+    "CuflashError",
+    "DeviceError",
+    "InvalidDtypeError",
+    "InvalidShapeError",
+    "InvalidTypeError",
+    "InvalidValueError",
+    "Options",
+    "attention",
+    "emulator",
+    "io_model",
+    "reference",
+]
+
+_MODULES = ("emulator", "io_model", "reference")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"cuflash.{name}")
+    raise AttributeError(f"module 'cuflash' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
