@@ -1,0 +1,48 @@
+"""`python -m tests.golden.record FOLDER`: outputs of single instructions from the GPU at hand, as FOLDER/sm_XX.npz.
+
+Moved to tests/golden/, the file becomes test data: test_golden.py holds the emulator to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from cuflash.jit import compile_cubin
+from tests.golden.programs import LANES, PROGRAMS, Program
+
+
+def main() -> int:
+    parse = argparse.ArgumentParser(prog="python -m tests.golden.record", description=__doc__)
+    parse.add_argument("folder", type=Path)
+    folder: Path = parse.parse_args().folder
+    import cupy
+
+    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
+    arch = f"sm_{properties['major']}{properties['minor']}"
+    arrays = {"gpu": np.array(properties["name"].decode())}
+    for program in PROGRAMS:
+        inputs = program.inputs()
+        arrays[f"{program.name}.in"] = inputs
+        arrays[f"{program.name}.out"] = run_on_gpu(program, inputs, arch)
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(folder / f"{arch}.npz", **arrays)
+    print(f"recorded {len(PROGRAMS)} programs on {arrays['gpu']}: {folder / f'{arch}.npz'}")
+    return 0
+
+
+def run_on_gpu(program: Program, inputs: np.ndarray, arch: str) -> np.ndarray:
+    """Outputs, uint32 (threads, outputs), of the program on CuPy's current device."""
+    import cupy
+
+    kernel = cupy.RawModule(path=str(compile_cubin(program, arch))).get_function(program.entry)
+    source = cupy.asarray(inputs)
+    target = cupy.zeros((len(inputs), program.outputs), cupy.uint32)
+    kernel((len(inputs) // LANES,), (LANES,), (source, target))
+    return cupy.asnumpy(target)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,57 @@
+"""Single instructions on the emulator, against their models and every recording of a real GPU in this folder."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cuflash.emulator import Device
+from cuflash.jit import compile_ptx
+from tests.golden.programs import LANES, PROGRAMS, Expected
+
+RECORDINGS = sorted(Path(__file__).parent.glob("*.npz"))
+
+
+def emulate(program, inputs):
+    device = Device("sm_80")
+    source = device.to_device(inputs, name="in")
+    target = device.empty((len(inputs), program.outputs), np.uint32, name="out")
+    kernel = device.load(compile_ptx(program, "sm_80")).kernel(program.entry)
+    kernel.launch((len(inputs) // LANES, 1, 1), (LANES, 1, 1), [source, target])
+    return target.to_host()
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.name)
+def test_the_emulator_keeps_to_the_instruction_set(program):
+    inputs = program.inputs()
+    program.model(inputs).check(emulate(program, inputs))
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.name)
+def test_every_recording_of_a_gpu_agrees_with_model_and_emulator(program):
+    for path in RECORDINGS:
+        with np.load(path) as recording:
+            inputs, recorded = recording[f"{program.name}.in"], recording[f"{program.name}.out"]
+        expected = program.model(inputs)
+        expected.check(recorded)
+        if expected.words is not None:
+            np.testing.assert_array_equal(emulate(program, inputs), recorded)
+        else:
+            there = recorded.view(np.float32).astype(np.float64)
+            Expected(value=there, error=expected.error).check(emulate(program, inputs), slack=2.0)
+
+
+def test_a_wrong_output_is_noticed():
+    """The models can fail: one changed bit of an exact output, three tolerances of an approximate one."""
+    for program in PROGRAMS:
+        expected = program.model(program.inputs())
+        if expected.words is not None:
+            out = expected.words.copy()
+            out[3, 0] ^= 1
+        else:
+            finite = np.argmax(np.isfinite(expected.value) & (expected.error > 0))
+            shifted = expected.value.copy()
+            shifted.flat[finite] += 3 * expected.error.flat[finite]
+            out = shifted.astype(np.float32).view(np.uint32)
+        with pytest.raises(AssertionError):
+            expected.check(out)
