@@ -3,12 +3,13 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from benchmarks import cases, contenders, forward, machine, measure, memory
+from benchmarks import cases, contenders, forward, gpu_session, machine, measure, memory, report
 
 CASE = cases.Case(2, 65, 4, 2, 16, "float32", None, 0)
 
@@ -97,11 +98,31 @@ def test_bad_mask(text):
 def test_tables_show_every_result():
     rows = [{"case": "c", "contender": "peer", "failure": "no"}]
     console = Console(record=True, width=100)
-    console.print(*forward_tables(rows))
+    console.print(*report.tables(rows))
     assert "peer: no" in console.export_text()
 
 
-def forward_tables(rows):
-    from benchmarks import report
+def test_a_gpu_session_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
+    commands = {
+        "missing": ["no-such-program"],
+        "failing": [sys.executable, "-c", "print('why'); raise SystemExit(3)"],
+        "slow": [sys.executable, "-c", "import time; time.sleep(60)"],
+        "good": [sys.executable, "-c", "print('fine')"],
+    }
+    monkeypatch.setattr(gpu_session, "steps", lambda folder: commands)
+    assert gpu_session.main([str(tmp_path), "--limit", "2"]) == 1
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [summary[name]["outcome"] for name in commands] == [
+        "not run: no-such-program is not installed",
+        "failed with exit code 3",
+        "stopped after 2 s",
+        "passed",
+    ]
+    assert (tmp_path / "failing.log").read_text() == "why\n"
+    assert "good: passed" in capsys.readouterr().out
 
-    return report.tables(rows)
+
+def test_a_gpu_session_names_files_that_exist():
+    for name, command in gpu_session.steps(Path("out")).items():
+        for part in command:
+            assert not part.startswith("tests/") or Path(part).exists(), name

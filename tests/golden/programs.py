@@ -2,7 +2,7 @@
 
 A thread reads its input words, executes the body, writes its output words: `a` and `d` in the body. The same unit is
 compiled for the emulator (PTX) and for a GPU (cubin), so that recorded outputs of a GPU and the model here hold the
-emulator from two sides. Tolerances are those of the PTX ISA, "Floating Point Instructions" and "Matrix multiply-accumulate".
+emulator from two sides. Tolerances are those of the PTX ISA, chapters on floating point and on matrix products.
 """
 
 from __future__ import annotations
