@@ -1,0 +1,34 @@
+// Compile-time constants of each kernel family. Mirrors cuflash/plan/config.py: the same fields in the same order.
+#pragma once
+
+#include "tile/element.cuh"
+
+namespace cuflash {
+
+struct ForwardConfig {
+    Element dtype;       // q, k, v and (unless split) o
+    Element bias_dtype;  // none: no bias
+    int head_dim;
+    int head_dim_v;
+    int block_m;   // queries of a block
+    int block_n;   // keys of a tile
+    int block_dv;  // output columns of a block
+    int num_warps;
+    int num_stages;  // 1: V(j) and K(j+1) arrive under the products of tile j; 2: K(j+1) and V(j+1) do
+    bool q_in_registers;
+    int load_bytes;   // widest access that every row of q, k and v is aligned to
+    int store_bytes;  // the same for o
+    bool windowed;
+    bool softcapped;
+    bool varlen;
+    bool split;  // writes float32 partial states for the combine kernel
+};
+
+struct CombineConfig {
+    Element state_dtype;
+    Element out_dtype;
+    int head_dim_v;
+    int num_warps;
+};
+
+}  // namespace cuflash

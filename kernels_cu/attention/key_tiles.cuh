@@ -1,0 +1,68 @@
+// Which key tiles a query tile visits, in which order, and which of them need a mask.
+#pragma once
+
+#include "attention/work.cuh"
+
+namespace cuflash {
+
+// Key j is visible to query i iff i + shift - left <= j <= i + shift + right and j < len_k, with shift = len_k - len_q.
+// Bounds are formed in 64 bits: a length and an unbounded side (2^31 - 1) together exceed 32.
+struct Window {
+    i64 shift;
+    int left, right;
+    int len_k;
+
+    __device__ __forceinline__ Window(const ForwardParams& params, const Work& work)
+        : shift(static_cast<i64>(work.len_k) - work.len_q), left(params.left), right(params.right), len_k(work.len_k) {}
+
+    // First key visible to `row`, and the one past the last.
+    __device__ __forceinline__ int begin(i64 row) const { return clamp(row + shift - left); }
+    __device__ __forceinline__ int end(i64 row) const { return clamp(row + shift + right + 1); }
+
+    __device__ __forceinline__ int clamp(i64 key) const {
+        return static_cast<int>(min(max(key, 0ll), static_cast<i64>(len_k)));
+    }
+};
+
+// The tiles that hold a key visible to one of the rows [row_begin, row_end). Positions n = 0 .. count - 1 number them in
+// the order of visits: those cut by the right edge or the end of the keys, from the last backwards; those cut by the left
+// edge; then the full ones. Only position 0 can reach past the keys' end. A split takes an even share of positions.
+struct KeyTiles {
+    int first, last;         // tiles [first, last)
+    int right_cut, left_cut; // numbers of tiles cut by either edge
+    int begin, end;          // positions [begin, end) of this split
+
+    template <ForwardConfig C>
+    static __device__ __forceinline__ KeyTiles of(const ForwardParams& params, const Work& work, const Window& window) {
+        const int row_last = work.row_end(C.block_m) - 1;
+        const int key_begin = C.windowed ? window.begin(work.row_begin) : 0;
+        const int key_end = C.windowed ? window.end(row_last) : work.len_k;
+        const int full_begin = C.windowed ? window.begin(row_last) : 0;
+        const int full_end = C.windowed ? window.end(work.row_begin) : work.len_k;
+        KeyTiles tiles;
+        tiles.first = key_begin / C.block_n;
+        tiles.last = key_begin < key_end ? ceil_div64(key_end, C.block_n) : tiles.first;
+        const int full_last = max(full_end / C.block_n, tiles.first);
+        const int full_first = min(ceil_div64(full_begin, C.block_n), full_last);
+        tiles.right_cut = max(tiles.last - full_last, 0);
+        tiles.left_cut = C.windowed ? max(full_first - tiles.first, 0) : 0;
+        const i64 count = tiles.last - tiles.first;
+        tiles.begin = C.split ? count * work.split / params.num_splits : 0;
+        tiles.end = C.split ? count * (work.split + 1) / params.num_splits : count;
+        return tiles;
+    }
+
+    static __device__ __forceinline__ int ceil_div64(int value, int divisor) {
+        return static_cast<int>((static_cast<i64>(value) + divisor - 1) / divisor);
+    }
+
+    __device__ __forceinline__ int cut_end() const { return min(right_cut + left_cut, end); }
+
+    __device__ __forceinline__ int tile(int position) const {
+        if (position < right_cut) return last - 1 - position;
+        if (position < right_cut + left_cut) return first + (position - right_cut);
+        return last - 1 - (position - left_cut);
+    }
+};
+
+}  // namespace cuflash

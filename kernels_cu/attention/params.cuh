@@ -1,0 +1,58 @@
+// Run-time parameters, passed by value. Mirrors cuflash/plan/params.py: the same fields, order and offsets.
+// Strides are in elements.
+#pragma once
+
+#include "ptx/types.cuh"
+
+namespace cuflash {
+
+constexpr int kMaxSplits = 128;
+
+struct ForwardParams {
+    const u16* q;             // (batch, seqlen_q, num_heads, head_dim); packed: (total_q, num_heads, head_dim)
+    const u16* k;             // (batch, seqlen_k, num_kv_heads, head_dim); packed: (total_k, ...)
+    const u16* v;             // (batch, seqlen_k, num_kv_heads, head_dim_v); packed: (total_k, ...)
+    void* o;                  // (batch, seqlen_q, num_heads, head_dim_v); split: float32, one more leading axis
+    float* lse;               // (batch, num_heads, seqlen_q), packed: (num_heads, total_q), natural log; may be null
+    const void* bias;         // (batch, num_heads, seqlen_q, seqlen_k), natural-log units
+    const int* cu_seqlens_q;  // (batch + 1), packed only
+    const int* cu_seqlens_k;
+    i64 q_strides[3];  // batch, token, head
+    i64 k_strides[3];
+    i64 v_strides[3];
+    i64 o_strides[3];
+    i64 lse_strides[3];   // batch, head, token
+    i64 bias_strides[4];  // batch, head, query, key; 0 where broadcast
+    i64 o_split_stride;
+    i64 lse_split_stride;
+    float scale;
+    float softcap;
+    int batch;
+    int num_heads;
+    int group;     // query heads per key/value head
+    int seqlen_q;  // packed: upper bound of a sequence's length
+    int seqlen_k;
+    int total_q;  // packed: number of tokens
+    int total_k;
+    int left;  // window; 2^31 - 1 where unbounded
+    int right;
+    int num_splits;
+    int q_tiles;  // query tiles of one head of one batch entry; packed: of one head in all
+};
+
+struct CombineParams {
+    const void* states[kMaxSplits];   // partial outputs, each laid out by state_strides
+    const float* lses[kMaxSplits];    // natural log, each laid out by state_lse_strides
+    void* o;
+    float* lse;  // may be null
+    i64 state_strides[3];  // batch, token, head
+    i64 state_lse_strides[3];  // batch, head, token
+    i64 o_strides[3];
+    i64 lse_strides[3];
+    int num_states;
+    int num_heads;
+    int seqlen_q;
+    i64 rows;  // batch * num_heads * seqlen_q
+};
+
+}  // namespace cuflash

@@ -1,0 +1,157 @@
+// Attention forward for sm_80 and later: O = softmax(scale Q K^T) V and its log-sum-exp, one query tile a block, keys in
+// tiles, nothing of size seqlen_q x seqlen_k in memory (FlashAttention-2, algorithm 1). docs/kernel-forward.md has the
+// roofline, the schedule and the layout of shared memory.
+#pragma once
+
+#include "attention/config.cuh"
+#include "attention/epilogue.cuh"
+#include "attention/key_tiles.cuh"
+#include "attention/params.cuh"
+#include "attention/scores.cuh"
+#include "attention/softmax.cuh"
+#include "attention/work.cuh"
+#include "tile/load.cuh"
+#include "tile/product.cuh"
+
+namespace cuflash {
+
+// Shared memory of a block. Outputs are staged where the inputs lay.
+template <ForwardConfig C>
+union ForwardShared {
+    struct {
+        u16 q[C.block_m * round_up(C.head_dim, 16)];
+        u16 k[C.num_stages][C.block_n * round_up(C.head_dim, 16)];
+        u16 v[C.num_stages][C.block_n * C.block_dv];
+    };
+    u16 o[C.split ? 1 : C.block_m * C.block_dv];
+};
+
+// A compile-time choice as an argument.
+template <bool kValue>
+struct Flag {
+    static constexpr bool value = kValue;
+};
+
+template <ForwardConfig C>
+__device__ __forceinline__ void forward(const ForwardParams& params) {
+    constexpr int kThreads = 32 * C.num_warps, kStages = C.num_stages;
+    constexpr int kM = C.block_m / (16 * C.num_warps);  // 16-row blocks of a warp
+    constexpr int kN = C.block_n / 16, kD = ceil_div(C.head_dim, 16);
+    using QTile = SharedTile<C.block_m, 16 * kD>;
+    using KTile = SharedTile<C.block_n, 16 * kD>;
+    using VTile = SharedTile<C.block_n, C.block_dv>;
+    using QLoader = TileLoader<QTile, kThreads, C.load_bytes, C.head_dim % 16 != 0>;
+    using KLoader = TileLoader<KTile, kThreads, C.load_bytes, C.head_dim % 16 != 0>;
+    using VLoader = TileLoader<VTile, kThreads, C.load_bytes, C.head_dim_v % C.block_dv != 0>;
+
+    const Work work = decode_work<C>(params);
+    if (work.row_begin >= work.len_q) return;
+    const Window window(params, work);
+    const KeyTiles tiles = KeyTiles::of<C>(params, work, window);
+
+    extern __shared__ __align__(128) unsigned char shared_memory[];
+    auto& shared = *reinterpret_cast<ForwardShared<C>*>(shared_memory);
+    const int thread = threadIdx.x, lane = thread % 32, warp_row = thread / 32 * 16 * kM;
+    const int kv_head = work.head / params.group, first_column = work.chunk * C.block_dv;
+
+    const u16* q = row_at(params.q, params.q_strides, work.batch_entry, work.q_start + work.row_begin, work.head);
+    const u16* k = row_at(params.k, params.k_strides, work.batch_entry, work.k_start, kv_head);
+    const u16* v = row_at(params.v, params.v_strides, work.batch_entry, work.k_start, kv_head) + first_column;
+    const KLoader k_loader(k, params.k_strides[1], C.head_dim, thread);
+    const VLoader v_loader(v, params.v_strides[1], C.head_dim_v - first_column, thread);
+
+    // Starts the copy of K(j) or V(j), j the tile at `position`. Only position 0 can reach past the keys' end.
+    const auto load_k = [&](auto may_end, int position) {
+        const int key = tiles.tile(position) * C.block_n;
+        const u32 target = ptx::shared_address(shared.k[position % kStages]);
+        k_loader.template load<may_end.value>(target, key, work.len_k - key);
+    };
+    const auto load_v = [&](auto may_end, int position) {
+        const int key = tiles.tile(position) * C.block_n;
+        const u32 target = ptx::shared_address(shared.v[position % kStages]);
+        v_loader.template load<may_end.value>(target, key, work.len_k - key);
+    };
+
+    const u32 q_address = ptx::shared_address(shared.q) + warp_row * QTile::kPitch + QTile::lane_offset(lane);
+    const ScoreRule<C> rule(params, work, window, work.row_begin + warp_row + lane / 4, 2 * (lane % 4));
+    LeftFragments<kM, C.q_in_registers ? kD : 1> q_fragments;
+    OnlineSoftmax<kM> softmax;         // m, l
+    float O[kM][C.block_dv / 8][4];    // unnormalised: 2^(S - m) V, summed over the tiles so far
+    clear(O);
+
+    // One tile of keys: S = Q K(j)^T, P = 2^(S - m), O += P V(j). kCut: some scores of it are masked.
+    const auto visit = [&](auto cut, int position) {
+        const bool more = position + 1 < tiles.end;
+        ptx::cp_async_wait<0>();  // this thread's share of K(j), with two stages also V(j), has landed
+        __syncthreads();          // everyone's has; everyone is done with V(j-1), with two stages also K(j-1)
+        if constexpr (kStages == 1) {
+            load_v(cut, position);
+        } else if (more) {
+            load_k(Flag<false>(), position + 1);
+            load_v(Flag<false>(), position + 1);
+        }
+        ptx::cp_async_commit();
+
+        float S[kM][2 * kN][4];
+        clear(S);
+        const u32 k_address = ptx::shared_address(shared.k[position % kStages]) + KTile::lane_offset(lane);
+#pragma unroll
+        for (int d = 0; d < kD; ++d) {  // S += Q[:, d] K(j)[:, d]^T
+            if constexpr (!C.q_in_registers) q_fragments.template load_column<QTile>(q_address, d, 0);
+            multiply_transposed<C.dtype, KTile>(S, q_fragments.value[C.q_in_registers ? d : 0], k_address, d);
+        }
+
+        if constexpr (kStages == 1) {
+            ptx::cp_async_wait<0>();  // this thread's share of V(j) has landed
+            __syncthreads();          // everyone's has; everyone is done with K(j)
+            if (more) load_k(Flag<false>(), position + 1);
+            ptx::cp_async_commit();
+        }
+
+        rule.template apply<cut.value>(S, tiles.tile(position) * C.block_n);
+        softmax.update(S, O, rule.multiplier());  // S becomes P
+
+        const u32 v_address = ptx::shared_address(shared.v[position % kStages]) + VTile::lane_offset(lane);
+#pragma unroll
+        for (int n = 0; n < kN; ++n) {  // O += P[:, n] V(j)[n, :]
+            u32 P[kM][4];
+            as_left<C.dtype>(P, S, n);
+            multiply<C.dtype, VTile>(O, P, v_address, n);
+        }
+    };
+
+    if (tiles.begin < tiles.end) {
+        QLoader(q, params.q_strides[1], C.head_dim, thread)
+            .template load<true>(ptx::shared_address(shared.q), 0, work.len_q - work.row_begin);
+        load_k(Flag<true>(), tiles.begin);
+        if constexpr (kStages == 2) load_v(Flag<true>(), tiles.begin);
+        ptx::cp_async_commit();
+        if constexpr (C.q_in_registers) {
+            ptx::cp_async_wait<0>();  // this thread's share of Q has landed
+            __syncthreads();          // everyone's has
+            q_fragments.template load<QTile>(q_address);
+        }
+        int position = tiles.begin;
+        for (; position < tiles.cut_end(); ++position) visit(Flag<true>(), position);
+        for (; position < tiles.end; ++position) visit(Flag<false>(), position);
+    }
+    softmax.finish(O);  // m becomes lse
+
+    const int token = work.q_start + work.row_begin;
+    if constexpr (C.split) {
+        float* o = static_cast<float*>(params.o) + work.split * params.o_split_stride;
+        store_partial<C>(O, row_at(o, params.o_strides, work.batch_entry, token, work.head), params.o_strides[1], work,
+                         warp_row, lane);
+    } else {
+        __syncthreads();  // everyone is done with Q, K and V, whose place O takes
+        u16* o = row_at(static_cast<u16*>(params.o), params.o_strides, work.batch_entry, token, work.head);
+        store_output<C>(O, o, params.o_strides[1], work, ptx::shared_address(shared.o), warp_row, lane);
+    }
+    if (params.lse != nullptr && work.chunk == 0) {
+        float* lse = params.lse + work.split * params.lse_split_stride + work.batch_entry * params.lse_strides[0] +
+                     work.head * params.lse_strides[1] + token * params.lse_strides[2];
+        store_lse<C>(softmax.m, lse, params.lse_strides[2], work, warp_row, lane);
+    }
+}
+
+}  // namespace cuflash

@@ -1,0 +1,69 @@
+// Asynchronous copies from global to shared memory, and plain vector accesses of shared memory.
+// Shared addresses are 32-bit, in the shared window.
+#pragma once
+
+#include "ptx/types.cuh"
+
+namespace cuflash::ptx {
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+    return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+
+// 16 bytes past L1; both addresses aligned to 16.
+__device__ __forceinline__ void cp_async_16(u32 shared, const void* global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+
+// The first `source_bytes` (0 to 16) of 16 bytes; the rest becomes zero and is not read.
+__device__ __forceinline__ void cp_async_16(u32 shared, const void* global, int source_bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(source_bytes)
+                 : "memory");
+}
+
+// The first `source_bytes` (0 to kBytes) of kBytes = 4 or 8; the rest becomes zero and is not read.
+template <int kBytes>
+__device__ __forceinline__ void cp_async_narrow(u32 shared, const void* global, int source_bytes) {
+    static_assert(kBytes == 4 || kBytes == 8);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(global), "n"(kBytes),
+                 "r"(source_bytes)
+                 : "memory");
+}
+
+// Closes the group of this thread's copies since the last call.
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most kPending of this thread's groups are in flight.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(u32 shared, u32 value) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_shared_v4(u32 shared, const u32 (&value)[4]) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(value[0]), "r"(value[1]),
+                 "r"(value[2]), "r"(value[3])
+                 : "memory");
+}
+
+__device__ __forceinline__ void load_shared_v4(u32 (&value)[4], u32 shared) {
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value[0]), "=r"(value[1]), "=r"(value[2]), "=r"(value[3])
+                 : "r"(shared)
+                 : "memory");
+}
+
+__device__ __forceinline__ void store_global_v2(void* global, u32 x, u32 y) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(global), "r"(x), "r"(y) : "memory");
+}
+
+__device__ __forceinline__ void store_global_v4(void* global, const u32 (&value)[4]) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(value[0]), "r"(value[1]),
+                 "r"(value[2]), "r"(value[3])
+                 : "memory");
+}
+
+}  // namespace cuflash::ptx

@@ -1,0 +1,70 @@
+// Special functions, conversions and lane exchange. Approximate forms flush subnormal numbers to zero.
+#pragma once
+
+#include "ptx/types.cuh"
+
+namespace cuflash::ptx {
+
+// 2^x, relative error 2^-22; 2^-inf = 0.
+__device__ __forceinline__ float ex2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// log2 x, absolute error 2^-22 near 1, relative 2^-22 elsewhere; log2 0 = -inf.
+__device__ __forceinline__ float lg2(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// 1/x within one unit in the last place.
+__device__ __forceinline__ float rcp(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Two floats rounded to nearest even; `low` in bits 0-15.
+__device__ __forceinline__ u32 cvt_f16x2(float low, float high) {
+    u32 packed;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+__device__ __forceinline__ u32 cvt_bf16x2(float low, float high) {
+    u32 packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+__device__ __forceinline__ float cvt_f32_f16(u16 bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+}
+
+// bfloat16 is the upper half of a float32.
+__device__ __forceinline__ float cvt_f32_bf16(u16 bits) {
+    float value;
+    asm("mov.b32 %0, {%1, %2};" : "=f"(value) : "h"(static_cast<u16>(0)), "h"(bits));
+    return value;
+}
+
+// Value of the lane whose index differs in the bits of kMask.
+template <int kMask>
+__device__ __forceinline__ float shfl_bfly(float x) {
+    float y;
+    asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 0x1f, 0xffffffff;" : "=f"(y) : "f"(x), "n"(kMask));
+    return y;
+}
+
+// Value of lane `source`.
+__device__ __forceinline__ float shfl_idx(float x, int source) {
+    float y;
+    asm volatile("shfl.sync.idx.b32 %0, %1, %2, 0x1f, 0xffffffff;" : "=f"(y) : "f"(x), "r"(source));
+    return y;
+}
+
+}  // namespace cuflash::ptx

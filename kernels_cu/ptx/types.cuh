@@ -1,0 +1,13 @@
+// Fixed-width names for the built-in types; NVRTC brings no <cstdint> and the kernels include no header but their own.
+#pragma once
+
+namespace cuflash {
+
+using u16 = unsigned short;
+using u32 = unsigned int;
+using i64 = long long;
+using u64 = unsigned long long;
+
+static_assert(sizeof(u16) == 2 && sizeof(u32) == 4 && sizeof(i64) == 8);
+
+}  // namespace cuflash

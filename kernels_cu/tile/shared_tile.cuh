@@ -1,0 +1,51 @@
+// A tile [rows][cols] of 16-bit elements in shared memory, swizzled so that no access of this project conflicts.
+#pragma once
+
+#include "ptx/types.cuh"
+
+namespace cuflash {
+
+constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+constexpr int ceil_div(int value, int divisor) { return (value + divisor - 1) / divisor; }
+
+// Rows are unpadded and consist of chunks of 16 bytes. Eight chunks span the 32 banks. With kSpan = gcd(chunks a row, 8),
+// 8 / kSpan consecutive rows already start in different banks, so chunk c of row r lies at c ^ (r / (8 / kSpan) % kSpan):
+// the same chunk of eight consecutive rows, and kSpan consecutive chunks of 8 / kSpan rows, each cover all banks once.
+// The XOR touches only address bits that neither a row nor an aligned group of kSpan chunks reaches; so a thread
+// computes one address and reaches others by an XOR and an addition of constants. Tiles are aligned to 128 bytes.
+template <int kRows_, int kCols_>
+struct SharedTile {
+    static constexpr int kRows = kRows_;
+    static constexpr int kCols = kCols_;
+    static_assert(kRows % 16 == 0 && kCols % 16 == 0);
+
+    static constexpr int kChunks = kCols / 8;  // 16-byte chunks a row
+    static constexpr int kSpan = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : 2;
+    static constexpr int kPitch = 16 * kChunks;  // bytes a row
+    static constexpr int kBytes = kRows * kPitch;
+
+    static __device__ __forceinline__ constexpr int swizzle(int row) { return row / (8 / kSpan) % kSpan; }
+
+    // Byte offset of a chunk.
+    static __device__ __forceinline__ u32 offset(int row, int chunk) {
+        return row * kPitch + 16 * (chunk ^ swizzle(row));
+    }
+
+    // From the address of (row, chunk) to that of (row + row_step, chunk + chunk_step), for constant steps that share
+    // no set bit with row % 8 and chunk % kSpan.
+    static __device__ __forceinline__ u32 step(u32 address, int row_step, int chunk_step) {
+        return (address ^ (16 * (swizzle(row_step) ^ (chunk_step % kSpan)))) +
+               (row_step * kPitch + 16 * (chunk_step / kSpan * kSpan));
+    }
+
+    // Offset that this lane gives to ldmatrix for the 16x16 block at (0, 0): lanes 0-15 the rows of its left half,
+    // lanes 16-31 of its right half. Registers 0 .. 3 receive the upper left, lower left, upper right, lower right 8x8.
+    static __device__ __forceinline__ u32 lane_offset(int lane) { return offset(lane % 16, lane / 16); }
+
+    // From lane_offset plus the tile's address to the 16x16 block (i, j).
+    static __device__ __forceinline__ u32 block(u32 lane_address, int i, int j) {
+        return step(lane_address, 16 * i, 2 * j);
+    }
+};
+
+}  // namespace cuflash
