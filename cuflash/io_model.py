@@ -4,7 +4,7 @@ Three algorithms, each as a `Cost`:
 
 - `standard`: three array operations that keep the scores S and the weights P in memory, Θ(N·d + N²) bytes.
 - `chunked`: Rabe & Staats 2021, the same operations on chunks: O(√N) memory, but still Θ(N²) bytes.
-- `flash_forward`: the kernels of this package, Θ(N²·d²/M) bytes for an on-chip memory of M (Dao et al. 2022, theorem 2).
+- `flash_forward`: the kernels of this package, Θ(N²·d²/M) bytes for an on-chip memory of M (Dao et al. 2022).
 
 `flash_forward` is exact: a test compares it with the bytes that the emulated device counts, array by array.
 `compare` is the way in for those who have shapes rather than a problem and a plan.
@@ -199,3 +199,23 @@ def useful_flops(problem: Problem, seqlens: SeqLens | None = None) -> int:
     """2·area·(head_dim + head_dim_v) over batch and heads, area the visible (query, key) pairs."""
     area = sum(problem.visible_pairs(n, m) for n, m in sequence_lengths(problem, seqlens))
     return 2 * problem.num_heads * area * (problem.head_dim + problem.head_dim_v)
+
+
+def compulsory_bytes(
+    problem: Problem, *, seqlens: SeqLens | None = None, return_lse: bool = False, bias_elements: int | None = None
+) -> int:
+    """Bytes that any algorithm moves: every visible key, value and query read once, every output written once.
+
+    `bias_elements` is the number of elements that the bias has; by default one per visible (query, key) pair.
+    """
+    b = _Sizes(problem, seqlens)
+    visible = 0  # keys that at least one query of their sequence sees
+    for n, m in b.seqlens:
+        begin, end = problem.key_range(0, n, n, m)
+        visible += max(0, end - begin) if n else 0
+    per_key = problem.num_kv_heads * (problem.head_dim + problem.head_dim_v) * b.element
+    total = b.q + b.o + visible * per_key + (b.rows * STATE_BYTES if return_lse else 0)
+    if problem.bias_dtype:
+        area = problem.num_heads * sum(problem.visible_pairs(n, m) for n, m in b.seqlens)
+        total += DTYPE_BYTES[problem.bias_dtype] * (area if bias_elements is None else min(area, bias_elements))
+    return total
