@@ -1,0 +1,76 @@
+"""Every feature against every other: all pairs of compile-time features, each meeting many run-time ones.
+
+A row of `COMPILED` is one kernel configuration, compiled once; its repeats differ in what a kernel takes at run time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cuflash import Options
+from tests.attention.cases import KERNEL_DTYPES, WIDE_DTYPES, Case, check
+from tests.attention.pairwise import Row, covering, spread
+from tests.devices import CpuDevice
+
+HEAD_DIMS = (
+    (1, 1), (3, 3), (7, 7), (33, 33), (40, 40), (64, 64), (65, 65), (80, 80), (100, 100), (128, 128), (160, 160),
+    (200, 200), (256, 256), (320, 320), (512, 512), (64, 32), (40, 72), (192, 128), (7, 130), (130, 7), (16, 512),
+)  # fmt: skip
+COMPILED: dict[str, Any] = {
+    "dims": HEAD_DIMS,
+    "bias_dtype": (None, None, "float16", "bfloat16", "float32"),
+    "dtype": KERNEL_DTYPES,
+    "windowed": (False, True),
+    "softcap": (None, 1.5),
+    "packed": (False, True),
+    "split": (False, True),
+}
+RUN_TIME: dict[str, Any] = {
+    "lengths": ((33, 65), (64, 64), (1, 131), (17, 127), (65, 63), (129, 31), (31, 0), (16, 1)),
+    "sequences": (
+        ((33, 65), (1, 1)), ((5, 0), (17, 40), (0, 7)), ((1, 70), (1, 3), (1, 33)), ((64, 64),), ((9, 3), (20, 80)),
+        ((16, 16), (15, 17), (1, 0), (0, 0), (31, 33)),
+    ),
+    "batch": (1, 2, 3),
+    "heads": ((1, 1), (2, 2), (4, 2), (3, 1), (6, 2)),
+    "window": (None, (9, None), (None, 5), (20, 13), (0, 0), (40, -1)),
+    "bias": ("bhqk", "...k", "..q.", ".h..", "b..k", "qk", "k", ".hqk", "b.q."),
+    "splits": (2, 3, 7, 4),
+    "layout": ("dense", "interleaved", "heads_first", "padded_rows", "tokens_first", "every_other_token", "page"),
+    "values": ("normal", "normal", "scores_1e2", "scores_negative"),
+    "scale": (None, 0.3),
+}  # fmt: skip
+
+
+def case_of(row: Row) -> Case:
+    """The case of one row of both tables; a negative right bound stands for causal and a window."""
+    window = row["window"] if row["windowed"] else None
+    causal = row["windowed"] and (window is None or window[1] == -1)
+    if causal and window is not None:
+        window = (window[0], None)
+    return Case(
+        dtype=row["dtype"], seqlen_q=row["lengths"][0], seqlen_k=row["lengths"][1],
+        head_dim=row["dims"][0], head_dim_v=row["dims"][1], batch=row["batch"],
+        num_heads=row["heads"][0], num_kv_heads=row["heads"][1], causal=causal, window=window,
+        softcap=row["softcap"], scale=row["scale"], bias=row["bias"] if row["bias_dtype"] else "",
+        bias_dtype=row["bias_dtype"] or "float32", values=row["values"], layout=row["layout"],
+        options=Options(num_splits=row["splits"] if row["split"] else 1),
+        sequences=row["sequences"] if row["packed"] else None,
+    )  # fmt: skip
+
+
+KERNEL_CASES = [case_of(row) for row in spread(covering(COMPILED), RUN_TIME, times=6)]
+WIDE = {**COMPILED, "dtype": WIDE_DTYPES, "bias_dtype": (None, *WIDE_DTYPES)}
+WIDE_CASES = [case_of(row) for row in spread(covering(WIDE), RUN_TIME, times=4)]
+
+
+@pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
+def test_matrix(device: Any, case: Case) -> None:
+    check(device, case)
+
+
+@pytest.mark.parametrize("case", WIDE_CASES, ids=str)
+def test_matrix_of_wide_dtypes(case: Case) -> None:
+    check(CpuDevice(), case)
