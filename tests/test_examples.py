@@ -1,0 +1,94 @@
+"""The examples as a reader runs them: in a process of their own, in an empty folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+
+
+def run_example(name: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return subprocess.run(
+        [sys.executable, str(ROOT / "examples" / name), *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def printed(result: subprocess.CompletedProcess[str], label: str) -> float:
+    """The number that follows `label` on a printed line."""
+    assert result.returncode == 0, result.stderr
+    match = re.search(rf"^{re.escape(label)}\s+(-?[\d.]+(?:e[-+]\d+)?)", result.stdout, re.MULTILINE)
+    assert match, f"no line {label!r} in:\n{result.stdout}"
+    return float(match[1])
+
+
+def check_picture(path: Path, panels: int) -> None:
+    """It decodes, is wide, and each panel shows something."""
+    picture = matplotlib.image.imread(path)[..., :3]
+    height, width, _ = picture.shape
+    assert width > 1.5 * height
+    for panel in np.array_split(picture, panels, axis=1):
+        assert panel.std() > 0.05
+
+
+@pytest.mark.parametrize(("image", "gain"), [("chelsea", 9.0), ("astronaut", 8.0), ("coffee", 9.0)])
+def test_denoising_beats_windowed_non_local_means(tmp_path: Path, image: str, gain: float) -> None:
+    result = run_example("01_denoise_photo.py", tmp_path, "--device", "cpu", "--crop", "64", "--image", image)
+    noisy = printed(result, "PSNR noisy")
+    denoised = printed(result, "PSNR denoised by attention to all patches")
+    assert 20.0 < noisy < 20.4  # 20 log10(255 / 25) = 20.17
+    assert denoised > noisy + gain
+    assert denoised > printed(result, "PSNR scikit-image, within 11 pixels")
+    check_picture(tmp_path / "denoised.png", panels=3)
+
+
+def test_denoising_takes_a_file(tmp_path: Path) -> None:
+    columns = np.linspace(0.2, 0.8, 48)
+    matplotlib.image.imsave(tmp_path / "ramp.png", np.broadcast_to(columns, (40, 48)), cmap="gray", vmin=0, vmax=1)
+    result = run_example("01_denoise_photo.py", tmp_path, "--device", "cpu", "--image", "ramp.png", "--output", "o.png")
+    assert "ramp.png, 48 x 40 pixels" in result.stdout
+    assert printed(result, "PSNR denoised by attention to all patches") > printed(result, "PSNR noisy") + 9
+    check_picture(tmp_path / "o.png", panels=3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--sigma", "0"), "--sigma 0.0: must be > 0"),
+        (("--crop", "4"), "--crop 4: must be 0 or at least 16"),
+        (("--patch", "4"), "invalid choice: 4"),
+    ],
+)
+def test_denoising_refuses(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    result = run_example("01_denoise_photo.py", tmp_path, *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_kernel_regression(tmp_path: Path) -> None:
+    result = run_example("02_kernel_regression.py", tmp_path)
+    assert "h = 0.03" in next(line for line in result.stdout.splitlines() if "<- chosen" in line)
+    assert printed(result, "largest difference from the direct sums, regression") < 1e-10  # of values to 60, float64
+    assert printed(result, "largest difference from the direct sums, log density") < 1e-10
+    assert printed(result, "R²") > 0.93
+    assert printed(result, "RMSE on 2000 held-out measurements") < 0.3 * printed(result, "RMSE of the training mean")
+    check_picture(tmp_path / "regression.png", panels=3)
+
+
+def test_every_example_is_run_here() -> None:
+    assert EXAMPLES == ["01_denoise_photo.py", "02_kernel_regression.py"]
