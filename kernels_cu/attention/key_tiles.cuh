@@ -24,38 +24,36 @@ struct Window {
     }
 };
 
-// The tiles that hold a key visible to one of the rows [row_begin, row_end). Positions n = 0 .. count - 1 number them in
-// the order of visits: those cut by the right edge or the end of the keys, from the last backwards; those cut by the left
-// edge; then the full ones. Only position 0 can reach past the keys' end. A split takes an even share of positions.
+// The tiles that hold a key visible to one of the tile's rows. Positions 0, 1, ... number them in the order of visits:
+// first the cut tiles, of which some scores are masked (those at the right edge or the end of the keys, from the last
+// backwards, then those at the left edge), then the full ones. A split takes an even share of the positions.
 struct KeyTiles {
-    int first, last;         // tiles [first, last)
-    int right_cut, left_cut; // numbers of tiles cut by either edge
-    int begin, end;          // positions [begin, end) of this split
+    int key_begin, key_end;   // keys visible to at least one row; others are never read
+    int first, last;          // tiles [first, last) hold them
+    int right_cut, left_cut;  // how many of these are cut by either edge
+    int begin, end;           // positions [begin, end) are this block's
 
     template <ForwardConfig C>
     static __device__ __forceinline__ KeyTiles of(const ForwardParams& params, const Work& work, const Window& window) {
         const int row_last = work.row_end(C.block_m) - 1;
-        const int key_begin = C.windowed ? window.begin(work.row_begin) : 0;
-        const int key_end = C.windowed ? window.end(row_last) : work.len_k;
+        KeyTiles tiles;
+        tiles.key_begin = C.windowed ? window.begin(work.row_begin) : 0;
+        tiles.key_end = C.windowed ? window.end(row_last) : work.len_k;
         const int full_begin = C.windowed ? window.begin(row_last) : 0;
         const int full_end = C.windowed ? window.end(work.row_begin) : work.len_k;
-        KeyTiles tiles;
-        tiles.first = key_begin / C.block_n;
-        tiles.last = key_begin < key_end ? ceil_div64(key_end, C.block_n) : tiles.first;
+        tiles.first = tiles.key_begin / C.block_n;
+        tiles.last = tiles.key_begin < tiles.key_end ? 1 + (tiles.key_end - 1) / C.block_n : tiles.first;
         const int full_last = max(full_end / C.block_n, tiles.first);
-        const int full_first = min(ceil_div64(full_begin, C.block_n), full_last);
-        tiles.right_cut = max(tiles.last - full_last, 0);
-        tiles.left_cut = C.windowed ? max(full_first - tiles.first, 0) : 0;
+        const int full_first = full_begin == 0 ? 0 : 1 + (full_begin - 1) / C.block_n;
+        tiles.right_cut = tiles.last - full_last;
+        tiles.left_cut = min(full_first, full_last) - tiles.first;
         const i64 count = tiles.last - tiles.first;
-        tiles.begin = C.split ? count * work.split / params.num_splits : 0;
-        tiles.end = C.split ? count * (work.split + 1) / params.num_splits : count;
+        tiles.begin = C.split ? static_cast<int>(count * work.split / params.num_splits) : 0;
+        tiles.end = C.split ? static_cast<int>(count * (work.split + 1) / params.num_splits) : static_cast<int>(count);
         return tiles;
     }
 
-    static __device__ __forceinline__ int ceil_div64(int value, int divisor) {
-        return static_cast<int>((static_cast<i64>(value) + divisor - 1) / divisor);
-    }
-
+    // Cut tiles of this block come before this position.
     __device__ __forceinline__ int cut_end() const { return min(right_cut + left_cut, end); }
 
     __device__ __forceinline__ int tile(int position) const {

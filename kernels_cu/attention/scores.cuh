@@ -30,14 +30,15 @@ struct ScoreRule {
 
     const ForwardParams& params;
     const Window& window;
+    const KeyTiles& tiles;
     const char* bias;  // of this batch entry and head
     int row;           // this lane's first query, of its sequence
     int column;        // this lane's first key, of its tile
     int len_q;
 
-    __device__ __forceinline__ ScoreRule(const ForwardParams& params, const Work& work, const Window& window, int row,
-                                         int column)
-        : params(params), window(window), row(row), column(column), len_q(work.len_q) {
+    __device__ __forceinline__ ScoreRule(const ForwardParams& params, const Work& work, const Window& window,
+                                         const KeyTiles& tiles, int row, int column)
+        : params(params), window(window), tiles(tiles), row(row), column(column), len_q(work.len_q) {
         if constexpr (kBiased) {
             const i64 offset = work.sequence * params.bias_strides[0] + work.head * params.bias_strides[1];
             bias = static_cast<const char*>(params.bias) + offset * bytes_of(C.bias_dtype);
@@ -63,13 +64,13 @@ struct ScoreRule {
         }
     }
 
-    // S = softcap(scale S) + bias, times log2 e. Of a bias, exactly the elements with row < len_q and key < len_k are
-    // read.
+    // S = softcap(scale S) + bias, times log2 e. Of a bias the elements of the tile's rows and visible keys are read,
+    // masked or not.
     template <bool kCut, int kN>
     __device__ __forceinline__ void transform(float (&S)[kN][4], int h, int row, int key) const {
         const float inner = C.softcapped ? params.scale / params.softcap : params.scale * kLog2E;
         const i64 first = row * params.bias_strides[2] + key * params.bias_strides[3];
-        const int keys_left = window.len_k - key;
+        const int begin = tiles.key_begin - key, end = tiles.key_end - key;
 #pragma unroll
         for (int n = 0; n < kN; ++n)
 #pragma unroll
@@ -77,7 +78,7 @@ struct ScoreRule {
                 float score = S[n][2 * h + e] * inner;
                 if constexpr (C.softcapped) score = params.softcap * kLog2E * tanh_accurate(score);
                 if constexpr (kBiased) {
-                    if (row < len_q && (!kCut || 8 * n + e < keys_left)) {
+                    if (row < len_q && (!kCut || (begin <= 8 * n + e && 8 * n + e < end))) {
                         const i64 offset = first + (8 * n + e) * params.bias_strides[3];
                         score = fmaf(load_element<C.bias_dtype>(bias, offset), kLog2E, score);
                     }

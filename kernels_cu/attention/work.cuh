@@ -30,10 +30,11 @@ __device__ __forceinline__ int token_at(const int* cu_seqlens, int index, int to
 }
 
 // Sequence b of a packed problem owns the query tiles from slot floor(start_b / block_m) + b on. The next sequence's
-// first slot is at least ceil(len_b / block_m) later, so a search in cu_seqlens_q finds the owner of a slot.
+// first slot is at least ceil(len_b / block_m) later, so a search in cu_seqlens_q finds the owner of a slot. Sequence
+// `batch` stands for the tokens past the last one: they see no key.
 template <ForwardConfig C>
 __device__ __forceinline__ int sequence_of_slot(const ForwardParams& params, int slot) {
-    int low = 0, high = params.batch;
+    int low = 0, high = params.batch + 1;
     while (high - low > 1) {
         const int middle = low + (high - low) / 2;
         const int first = token_at(params.cu_seqlens_q, middle, params.total_q) / C.block_m + middle;
@@ -67,16 +68,18 @@ __device__ __forceinline__ Work decode_work(const ForwardParams& params) {
     work.head = next(params.num_heads);
     if constexpr (C.varlen) {
         const int b = sequence_of_slot<C>(params, slot);
+        const bool real = b < params.batch;  // else: the tokens past the last sequence
         work.batch_entry = 0;
         work.sequence = b;
         work.q_start = token_at(params.cu_seqlens_q, b, params.total_q);
-        work.k_start = token_at(params.cu_seqlens_k, b, params.total_k);
-        const int q_stop = token_at(params.cu_seqlens_q, b + 1, params.total_q);
-        const int k_stop = token_at(params.cu_seqlens_k, b + 1, params.total_k);
-        work.len_q = min(max(q_stop - work.q_start, 0), params.seqlen_q);
+        work.k_start = real ? token_at(params.cu_seqlens_k, b, params.total_k) : 0;
+        const int q_stop = real ? token_at(params.cu_seqlens_q, b + 1, params.total_q) : params.total_q;
+        const int k_stop = real ? token_at(params.cu_seqlens_k, b + 1, params.total_k) : 0;
+        work.len_q = max(q_stop - work.q_start, 0);
         work.len_k = min(max(k_stop - work.k_start, 0), params.seqlen_k);
+        if (real) work.len_q = min(work.len_q, params.seqlen_q);
         const int tile = slot - (work.q_start / C.block_m + b);
-        work.row_begin = tile < 0 ? work.len_q : min(static_cast<i64>(tile) * C.block_m, static_cast<i64>(work.len_q));
+        work.row_begin = tile < 0 ? work.len_q : static_cast<int>(min(tile * i64{C.block_m}, i64{work.len_q}));
     } else {
         work.batch_entry = work.sequence = static_cast<int>(rest);
         work.q_start = work.k_start = 0;

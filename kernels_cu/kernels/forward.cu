@@ -60,20 +60,27 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
     const KLoader k_loader(k, params.k_strides[1], C.head_dim, thread);
     const VLoader v_loader(v, params.v_strides[1], C.head_dim_v - first_column, thread);
 
-    // Starts the copy of K(j) or V(j), j the tile at `position`. Only position 0 can reach past the keys' end.
-    const auto load_k = [&](auto may_end, int position) {
-        const int key = tiles.tile(position) * C.block_n;
+    // Start the copy of K(j) or V(j), j the tile at `position`; of a cut tile, only of the visible keys.
+    const auto load_k = [&](auto cut, int position) {
         const u32 target = ptx::shared_address(shared.k[position % kStages]);
-        k_loader.template load<may_end.value>(target, key, work.len_k - key);
+        k_loader.template load<cut.value>(target, tiles.tile(position) * C.block_n, tiles.key_begin, tiles.key_end);
     };
-    const auto load_v = [&](auto may_end, int position) {
-        const int key = tiles.tile(position) * C.block_n;
+    const auto load_v = [&](auto cut, int position) {
         const u32 target = ptx::shared_address(shared.v[position % kStages]);
-        v_loader.template load<may_end.value>(target, key, work.len_k - key);
+        v_loader.template load<cut.value>(target, tiles.tile(position) * C.block_n, tiles.key_begin, tiles.key_end);
+    };
+    // The same for the next tile, if there is one, with two stages K and V.
+    const auto load_next = [&](auto cut, int position) {
+        const auto start = [&](auto next_cut) {
+            load_k(next_cut, position + 1);
+            if constexpr (kStages == 2) load_v(next_cut, position + 1);
+        };
+        if (cut.value && position + 1 < tiles.cut_end()) start(Flag<true>());
+        else if (position + 1 < tiles.end) start(Flag<false>());
     };
 
     const u32 q_address = ptx::shared_address(shared.q) + warp_row * QTile::kPitch + QTile::lane_offset(lane);
-    const ScoreRule<C> rule(params, work, window, work.row_begin + warp_row + lane / 4, 2 * (lane % 4));
+    const ScoreRule<C> rule(params, work, window, tiles, work.row_begin + warp_row + lane / 4, 2 * (lane % 4));
     LeftFragments<kM, C.q_in_registers ? kD : 1> q_fragments;
     OnlineSoftmax<kM> softmax;         // m, l
     float O[kM][C.block_dv / 8][4];    // unnormalised: 2^(S - m) V, summed over the tiles so far
@@ -81,15 +88,10 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
 
     // One tile of keys: S = Q K(j)^T, P = 2^(S - m), O += P V(j). kCut: some scores of it are masked.
     const auto visit = [&](auto cut, int position) {
-        const bool more = position + 1 < tiles.end;
         ptx::cp_async_wait<0>();  // this thread's share of K(j), with two stages also V(j), has landed
         __syncthreads();          // everyone's has; everyone is done with V(j-1), with two stages also K(j-1)
-        if constexpr (kStages == 1) {
-            load_v(cut, position);
-        } else if (more) {
-            load_k(Flag<false>(), position + 1);
-            load_v(Flag<false>(), position + 1);
-        }
+        if constexpr (kStages == 1) load_v(cut, position);
+        else load_next(cut, position);
         ptx::cp_async_commit();
 
         float S[kM][2 * kN][4];
@@ -104,7 +106,7 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
         if constexpr (kStages == 1) {
             ptx::cp_async_wait<0>();  // this thread's share of V(j) has landed
             __syncthreads();          // everyone's has; everyone is done with K(j)
-            if (more) load_k(Flag<false>(), position + 1);
+            load_next(cut, position);
             ptx::cp_async_commit();
         }
 
@@ -122,7 +124,7 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
 
     if (tiles.begin < tiles.end) {
         QLoader(q, params.q_strides[1], C.head_dim, thread)
-            .template load<true>(ptx::shared_address(shared.q), 0, work.len_q - work.row_begin);
+            .template load<true>(ptx::shared_address(shared.q), 0, 0, work.len_q - work.row_begin);
         load_k(Flag<true>(), tiles.begin);
         if constexpr (kStages == 2) load_v(Flag<true>(), tiles.begin);
         ptx::cp_async_commit();

@@ -24,29 +24,30 @@ struct TileLoader {
         source = reinterpret_cast<const char*>(array) + row * row_bytes + 16 * chunk;
     }
 
-    // Rows first_row .. first_row + kRows - 1 into the tile at shared address `tile`; of a kTail tile, only the first
-    // `rows` are read.
-    template <bool kTail>
-    __device__ __forceinline__ void load(u32 tile, i64 first_row, int rows) const {
+    // Rows first_row .. first_row + kRows - 1 into the tile at shared address `tile`. Of a kPartial tile only the array's
+    // rows [begin, end) are read, the others become zero.
+    template <bool kPartial>
+    __device__ __forceinline__ void load(u32 tile, int first_row, int begin, int end) const {
         const char* pointer = source + first_row * row_bytes;
         const u32 target = tile + Tile::offset(row, chunk);
 #pragma unroll
-        for (int i = 0; i < ceil_div(kRows, kRowStep); ++i, pointer += kRowStep * row_bytes) {
-            if (kRows % kRowStep != 0 && row + i * kRowStep >= kRows) break;
-            const bool in_range = !kTail || row + i * kRowStep < rows;
+        for (int i = 0; i < kRows; i += kRowStep, pointer += kRowStep * row_bytes) {
+            if (kRows % kRowStep != 0 && row + i >= kRows) break;
+            const int array_row = first_row + row + i;
+            const bool in_range = !kPartial || (begin <= array_row && array_row < end);
 #pragma unroll
             for (int j = 0; j < Tile::kChunks; j += Tile::kSpan) {
-                copy_chunk<kTail>(Tile::step(target, i * kRowStep, j), pointer + 16 * j, in_range, chunk + j);
+                copy_chunk<kPartial>(Tile::step(target, i, j), pointer + 16 * j, in_range, chunk + j);
             }
         }
     }
 
-    template <bool kTail>
+    template <bool kPartial>
     __device__ __forceinline__ void copy_chunk(u32 target, const char* pointer, bool in_range, int chunk) const {
         const int row_left = kPadded ? min(max(2 * columns - 16 * chunk, 0), 16) : 16;
         const int valid = in_range ? row_left : 0;  // bytes of the chunk that may be read
         if constexpr (kLoadBytes == 16) {
-            if constexpr (kTail || kPadded) ptx::cp_async_16(target, pointer, valid);
+            if constexpr (kPartial || kPadded) ptx::cp_async_16(target, pointer, valid);
             else ptx::cp_async_16(target, pointer);
         } else if constexpr (kLoadBytes > 2) {
 #pragma unroll

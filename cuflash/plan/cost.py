@@ -1,0 +1,109 @@
+"""What a configuration of the forward kernel costs: shared memory, registers, occupancy, and a model of its time.
+
+The model ranks configurations; it does not predict times. Its constants are of the sm_80 class of tensor cores and
+were set from published facts, not fitted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cuflash.plan.arch import Arch
+from cuflash.plan.config import ForwardConfig, KernelConfig, round_up
+
+MAX_REGISTERS = 255  # of a thread
+REGISTERS_PER_SM = 65536
+RESERVED_SHARED = 1024  # bytes of shared memory that the driver takes per block
+MAX_BLOCKS_PER_SM = 32
+
+# Rates of one multiprocessor, per clock.
+FMA_16BIT = 1024  # of the tensor cores through mma.sync
+SHARED_BYTES = 128
+EXPONENTIALS = 16
+FLOAT_OPS = 128
+GLOBAL_BYTES = 20  # a fair share of the device's bandwidth
+
+OPS_PER_SCORE = 6  # maximum, fma, sum, half a conversion, loads and stores of its share
+BIAS_OPS = 8
+SOFTCAP_OPS = 14
+BARRIER_CLOCKS = 40
+BLOCK_CLOCKS = 1500  # start, first loads, epilogue
+COMBINE_CLOCKS = 6000  # a second launch
+
+
+@dataclass(frozen=True)
+class Work:
+    """A launch in the large: its blocks, and the key tiles that one of them visits at most and on average."""
+
+    blocks: int
+    max_tiles: float
+    mean_tiles: float
+
+
+def shared_bytes(config: KernelConfig) -> int:
+    """Dynamic shared memory of a block: `sizeof(ForwardShared)` of the kernel."""
+    if not isinstance(config, ForwardConfig):
+        return 0
+    depth = round_up(config.head_dim, 16)
+    inputs = config.block_m * depth + config.num_stages * config.block_n * (depth + config.block_dv)
+    outputs = 0 if config.split else config.block_m * config.block_dv
+    return 2 * max(inputs, outputs)
+
+
+def registers(config: ForwardConfig) -> int:
+    """Estimate of a thread's registers: the tiles it holds, and what the rest of the kernel was seen to need."""
+    rows = config.block_m // (16 * config.num_warps)
+    scores, outputs = rows * config.block_n // 2, rows * config.block_dv // 2
+    queries = rows * round_up(config.head_dim, 16) // 4 if config.q_in_registers else 4 * rows
+    rest = 46 + 4 * rows
+    if config.windowed:
+        rest += 6
+    if config.bias_dtype != "none":
+        rest += 16
+    if config.softcapped:
+        rest += 8
+    return scores + outputs + queries + rest
+
+
+def blocks_per_sm(config: ForwardConfig, arch: Arch, register_count: int | None = None) -> int:
+    """Blocks resident on one multiprocessor; registers as compiled where known."""
+    per_thread = round_up(register_count or min(registers(config), MAX_REGISTERS), 8)
+    return min(
+        MAX_BLOCKS_PER_SM,
+        arch.max_warps_per_sm // config.num_warps,
+        arch.shared_per_sm // (shared_bytes(config) + RESERVED_SHARED),
+        REGISTERS_PER_SM // (per_thread * config.threads),
+    )
+
+
+def cycles(config: ForwardConfig, work: Work, arch: Arch, sm_count: int) -> float:
+    """Modelled clocks of the launch (and of the combine launch)."""
+    resident = max(1, blocks_per_sm(config, arch))
+    busy = min(resident, -(-work.blocks // sm_count))  # blocks that share a multiprocessor
+    warps = busy * config.num_warps
+    tile = _tile_clocks(config, busy) * (1 + 2 / warps)  # few warps hide little latency
+    waves = -(-work.blocks // (resident * sm_count)) if work.blocks <= 4 * resident * sm_count else (
+        work.blocks / (resident * sm_count)
+    )
+    tiles = work.max_tiles if waves <= 1 else work.mean_tiles
+    return waves * busy * (tiles * tile + BLOCK_CLOCKS / busy) + (COMBINE_CLOCKS if config.split else 0)
+
+
+def _tile_clocks(config: ForwardConfig, busy: int) -> float:
+    """Clocks that one block's visit of one key tile takes of a multiprocessor."""
+    depth = round_up(config.head_dim, 16)
+    scores = config.block_m * config.block_n
+    columns = depth + config.block_dv
+    products = scores * columns / FMA_16BIT
+    fragments = 2 * config.num_warps * config.block_n * columns
+    if not config.q_in_registers:
+        fragments += 2 * config.block_m * depth
+    loads = 2 * config.block_n * columns
+    ops = OPS_PER_SCORE + (BIAS_OPS if config.bias_dtype != "none" else 0) + (SOFTCAP_OPS if config.softcapped else 0)
+    softmax = scores * ((2 if config.softcapped else 1) / EXPONENTIALS + ops / FLOAT_OPS)
+    rescale = config.block_m * config.block_dv / FLOAT_OPS
+    barriers = BARRIER_CLOCKS * (2 if config.num_stages == 1 else 1)
+    overlap = min(busy, 2)  # one block's softmax runs under another's products
+    return max(products, (fragments + loads) / SHARED_BYTES, loads / GLOBAL_BYTES) + (
+        softmax + rescale + barriers
+    ) / overlap

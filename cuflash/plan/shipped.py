@@ -1,0 +1,48 @@
+"""The configurations that budgets, ahead-of-time compilation and documentation walk over."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cuflash.plan.arch import arch_named
+from cuflash.plan.config import KernelConfig
+from cuflash.plan.forward import plan_forward
+from cuflash.problem import Problem, default_scale
+
+HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256, 512)
+DTYPES = ("float16", "bfloat16")
+LONG = 4096
+
+
+def shipped_configs(arch: str) -> tuple[KernelConfig, ...]:
+    """What the plan chooses on an architecture for the common problems: each once, in a fixed order."""
+    chosen: dict[KernelConfig, None] = {}
+    for dtype in DTYPES:
+        for head_dim in HEAD_DIMS:
+            for problem in _problems(head_dim, dtype):
+                plan = plan_forward(problem, arch_named(arch), load_bytes=16, store_bytes=16)
+                for launch in (plan.forward, plan.combine):
+                    if launch is not None:
+                        chosen[launch.config] = None
+    return tuple(chosen)
+
+
+def _problems(head_dim: int, dtype: str) -> list[Problem]:
+    full = Problem(
+        batch=8, seqlen_q=LONG, seqlen_k=LONG, num_heads=16, num_kv_heads=16, head_dim=head_dim,
+        head_dim_v=head_dim, dtype=dtype, scale=default_scale(head_dim),
+    )  # fmt: skip
+    causal = replace(full, right=0)
+    packed = {"total_q": 8 * LONG, "total_k": 8 * LONG}
+    return [
+        full,
+        causal,
+        replace(causal, left=512),
+        replace(full, bias_dtype=dtype),
+        replace(causal, bias_dtype=dtype),
+        replace(causal, softcap=30.0),
+        replace(full, **packed),  # type: ignore[arg-type]
+        replace(causal, **packed),  # type: ignore[arg-type]
+        replace(causal, batch=1, seqlen_q=1, num_kv_heads=4),  # decode
+        replace(full, batch=1, seqlen_q=64, num_heads=4, num_kv_heads=4, seqlen_k=64 * LONG),
+    ]
