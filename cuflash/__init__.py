@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from cuflash.attention import attention
+from cuflash.attention import attention, attention_varlen
 from cuflash.errors import (
     CompileError,
     ConfigError,
@@ -20,6 +20,7 @@ from cuflash.errors import (
     InvalidTypeError,
     InvalidValueError,
 )
+from cuflash.merge import merge_states
 from cuflash.options import Options
 
 if TYPE_CHECKING:
@@ -38,8 +39,10 @@ __all__ = [
     "InvalidValueError",
     "Options",
     "attention",
+    "attention_varlen",
     "emulator",
     "io_model",
+    "merge_states",
     "reference",
 ]
 

@@ -196,18 +196,14 @@ def _take_dlpack(value: Any, name: str) -> NativeArray:
         ) from error
     if device_type not in dlpack.GPU:
         raise DeviceError(f"{name} is on DLPack device {(int(device_type), device_id)}: must be on a CPU or a CUDA GPU")
-    return _cuda(name).from_dlpack(value, name)
-
-
-def _cuda(name: str) -> Any:
     try:
-        from cuflash.device import cuda
+        from cuflash.device.cuda import from_dlpack
     except ImportError as error:
         raise DeviceError(
             f"{name} is on a GPU: must be on the CPU, or install the extra for its CUDA version, "
             "cuflash[cu12] or cuflash[cu13]"
         ) from error
-    return cuda
+    return from_dlpack(value, name)
 
 
 def _same(array: NativeArray) -> NativeArray:

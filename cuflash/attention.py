@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from cuflash import check, forward
-from cuflash.arrays import gather
+from cuflash.arrays import Kind, NativeArray, gather
 from cuflash.device import device_of
 from cuflash.options import Options
+from cuflash.packing import take_lengths
 
 _NAMES = ("q", "k", "v", "bias", "out")
 
@@ -95,6 +96,103 @@ def attention(
     check.check_flag("return_lse", return_lse)
     kind, arrays = gather(_NAMES, (q, k, v, bias, out))
     device = device_of(kind, _NAMES, arrays)
-    result, lse = forward.run(device, forward.Operands(*arrays), asked, None, bool(return_lse), options)
-    returned = kind.give(result) if out is None else out
-    return (returned, kind.give(lse)) if return_lse else returned
+    operands = forward.Operands(*arrays)
+    return _give(kind, out, *forward.run(device, operands, asked, None, bool(return_lse), options))
+
+
+def attention_varlen(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    bias: Any = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    out: Any = None,
+    options: Options | None = None,
+) -> Any:
+    """Exact attention over sequences of different lengths, packed one after another without padding.
+
+    Sequence b has the queries cu_seqlens_q[b] to cu_seqlens_q[b + 1] and the keys cu_seqlens_k[b] to
+    cu_seqlens_k[b + 1], and is answered as `attention` would answer it alone.
+
+    Parameters
+    ----------
+    q : array (total_q, num_heads, head_dim)
+        Queries; kinds of array, dtypes and strides as for `attention`.
+    k : array (total_k, num_kv_heads, head_dim)
+        Keys.
+    v : array (total_k, num_kv_heads, head_dim_v)
+        Values.
+    cu_seqlens_q, cu_seqlens_k : array or sequence (batch + 1,)
+        Integer offsets of the sequences, from 0 up, at most total_q and total_k at the end. On the host they are
+        checked. On the GPU (int32, or cast there) they are not read back: kernels clamp them, and a graph can be
+        captured.
+    max_seqlen_q, max_seqlen_k : int, optional
+        At least the longest sequence. By default that of offsets on the host, and total_q or total_k for offsets on
+        the GPU; there a bias with an axis along the sequence needs it, and longer sequences are cut to it.
+    causal, window, scale, softcap, options
+        As for `attention`, sequence by sequence.
+    bias : array, optional
+        Broadcasts to (batch, num_heads, seqlen_q, seqlen_k), its last two axes 1 or at least max_seqlen_q and
+        max_seqlen_k long; sequence b uses bias[b, :, :length_q, :length_k].
+    return_lse : bool
+        Return (out, lse) instead of out.
+    out : array (total_q, num_heads, head_dim_v), optional
+        Where the result goes, as for `attention`.
+
+    Returns
+    -------
+    out : array (total_q, num_heads, head_dim_v)
+        As for `attention`; 0 for tokens after the last sequence.
+    lse : array (num_heads, total_q)
+        With return_lse, as for `attention`; -inf for tokens after the last sequence.
+
+    Raises
+    ------
+    InvalidTypeError, InvalidDtypeError, InvalidShapeError, InvalidValueError, DeviceError
+        As for `attention`; nothing was computed or written.
+
+    Examples
+    --------
+    >>> import numpy as np, cuflash
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 70, 4, 64), dtype=np.float32)
+    >>> cuflash.attention_varlen(q, k, v, [0, 20, 70], [0, 20, 70], causal=True).shape
+    (70, 4, 64)
+    """
+    asked = check.scores(causal, window, scale, softcap)
+    check.check_flag("return_lse", return_lse)
+    kind, arrays = gather(_NAMES, (q, k, v, bias, out))
+    device = device_of(kind, _NAMES, arrays)
+    for name, array in zip(_NAMES[:3], arrays, strict=False):
+        check.check_packed_rank(name, array.shape)
+    lengths = take_lengths(
+        device,
+        (cu_seqlens_q, cu_seqlens_k),
+        (max_seqlen_q, max_seqlen_k),
+        (arrays[0].shape[0], arrays[1].shape[0]),
+        _biased_axes(arrays[3]),
+    )
+    operands = forward.Operands(*arrays, lengths.cu_seqlens_q, lengths.cu_seqlens_k)
+    return _give(kind, out, *forward.run(device, operands, asked, lengths.packing, bool(return_lse), options))
+
+
+def _biased_axes(bias: NativeArray | None) -> tuple[bool, bool]:
+    """Whether a bias has an axis along the queries and one along the keys."""
+    along_q, along_k = ((1, 1) if bias is None else (1, 1, *bias.shape))[-2:]
+    return along_q != 1, along_k != 1
+
+
+def _give(kind: Kind, out: Any, result: NativeArray, lse: NativeArray | None) -> Any:
+    """What the caller gets. A result in `out` is given all the same: that orders the caller's stream after ours."""
+    returned = kind.give(result)
+    if out is not None:
+        returned = out
+    return returned if lse is None else (returned, kind.give(lse))

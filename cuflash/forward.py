@@ -5,19 +5,21 @@ Everything that does not depend on addresses is prepared once per problem, layou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from cuflash import check
-from cuflash.arrays import Layout, NativeArray, check_separate, layout
+from cuflash import check, records
+from cuflash.arrays import Layout, NativeArray, check_separate, contiguous_strides, layout
 from cuflash.check import Packing, Scores
-from cuflash.device import Device
+from cuflash.device import Call, Device, Kernel
 from cuflash.options import Options
+from cuflash.plan.forward import plan_forward
 from cuflash.problem import Problem
 
 MAX_PREPARED = 1024  # problems kept per device
+FLOAT32 = np.dtype(np.float32)
 INPUTS = ("q", "k", "v", "bias")
 
 
@@ -34,6 +36,24 @@ class Operands(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Split:
+    """What a plan that splits the keys launches after the forward kernel; see `records.split_combine_record`."""
+
+    combine: Kernel
+    record: np.ndarray
+    partials: records.Partials
+
+
+@dataclass(frozen=True, slots=True)
+class Launches:
+    """Kernels of one plan and their parameters, complete but for the addresses."""
+
+    forward: Kernel
+    record: np.ndarray
+    split: Split | None
+
+
+@dataclass(frozen=True, slots=True)
 class Prepared:
     """What every call of one problem, layout and device shares."""
 
@@ -41,8 +61,9 @@ class Prepared:
     copied: tuple[str, ...]  # inputs whose rows are not contiguous
     out_shape: tuple[int, ...]
     out_dtype: np.dtype
-    lse_shape: tuple[int, ...] | None  # None: not wanted
+    lse_shape: tuple[int, ...]
     lse_dtype: np.dtype
+    launches: Launches | None  # None: the CPU executor, or nothing to compute
 
 
 _prepared_for_cpu: dict[Any, Prepared] = {}
@@ -58,19 +79,19 @@ def run(
 ) -> tuple[NativeArray, NativeArray | None]:
     """Answer a call on a device, or on the CPU where it is None; raises before anything is computed or written."""
     layouts = tuple(None if array is None else layout(array) for array in operands[:5])
-    prepared_calls = _prepared_for_cpu if device is None else device.prepared
-    key = (layouts, asked, packing, return_lse, options)
-    prepared = prepared_calls.get(key)
+    known = _prepared_for_cpu if device is None else device.prepared
+    key = (layouts, asked, packing, options)
+    prepared = known.get(key)
     if prepared is None:
         prepared = _prepare(device, *key)  # type: ignore[arg-type]
-        if len(prepared_calls) >= MAX_PREPARED:
-            prepared_calls.clear()
-        prepared_calls[key] = prepared
+        if len(known) >= MAX_PREPARED:
+            known.clear()
+        known[key] = prepared
     if operands.out is not None:
         check_separate(operands.out, INPUTS, operands[:4])
-    if prepared.copied:
-        operands = operands._replace(**{name: getattr(operands, name).copy(order="C") for name in prepared.copied})
-    return _run_on_cpu(prepared, operands)
+    if device is None:
+        return _run_on_cpu(prepared, operands, return_lse)
+    return _run_on_device(device, prepared, operands, return_lse)
 
 
 def _prepare(
@@ -78,43 +99,134 @@ def _prepare(
     layouts: tuple[Layout, Layout, Layout, Layout | None, Layout | None],
     asked: Scores,
     packing: Packing | None,
-    return_lse: bool,
     options: Options | None,
 ) -> Prepared:
     q, k, v, bias, out = layouts
     problem = check.problem(q, k, v, bias, asked, packing)
     if options is not None:
         check.check_options(options, on_kernels=device is not None)
+    if device is not None:
+        check.check_kernel_limits(problem, device.arch)
     out_shape = (*q.shape[:-1], problem.head_dim_v)
     if out is not None:
         check.check_out(out, out_shape, q.dtype)
     lse_shape = {4: q.shape[:1] + q.shape[2:0:-1], 3: q.shape[1::-1], 2: q.shape[:1]}[len(q.shape)]
-    return Prepared(
+    prepared = Prepared(
         problem,
         tuple(name for name, array in zip("qkv", (q, k, v), strict=True) if not array.rows_contiguous),
         out_shape,
         q.dtype,
-        lse_shape if return_lse else None,
+        lse_shape,
         np.dtype(np.float64 if problem.dtype == "float64" else np.float32),
+        None,
     )
+    if device is None or 0 in lse_shape:
+        return prepared
+    q, k, v = (array if array.rows_contiguous else array.contiguous() for array in (q, k, v))
+    if out is None:
+        out = Layout(out_shape, contiguous_strides(out_shape, q.dtype.itemsize), q.dtype, 0)
+    return replace(prepared, launches=_launches(device, problem, (q, k, v, bias, out), lse_shape, options or Options()))
 
 
-def _run_on_cpu(prepared: Prepared, operands: Operands) -> tuple[np.ndarray, np.ndarray | None]:
+def _launches(
+    device: Device,
+    problem: Problem,
+    layouts: tuple[Layout, Layout, Layout, Layout | None, Layout],
+    lse_shape: tuple[int, ...],
+    options: Options,
+) -> Launches:
+    q, k, v, bias, out = layouts
+    plan = plan_forward(
+        problem,
+        device.arch,
+        load_bytes=records.access_bytes(q, k, v),
+        store_bytes=records.access_bytes(out),
+        options=options,
+        sm_count=device.sm_count,
+    )
+    record = records.forward_record(problem, plan, q, k, v, bias, out, lse_shape)
+    forward = device.load(plan.forward)
+    if plan.combine is None:
+        return Launches(forward, record, None)
+    split = Split(
+        device.load(plan.combine),
+        records.split_combine_record(problem, plan.num_splits, out, lse_shape),
+        records.partials(problem, plan.num_splits),
+    )
+    return Launches(forward, record, split)
+
+
+def _run_on_device(
+    device: Device, prepared: Prepared, operands: Operands, return_lse: bool
+) -> tuple[NativeArray, NativeArray | None]:
+    with device.call() as call:
+        out = operands.out
+        if out is None:
+            out = device.empty(prepared.out_shape, prepared.out_dtype)
+        lse = device.empty(prepared.lse_shape, prepared.lse_dtype) if return_lse else None
+        if prepared.launches is not None:
+            _launch(call, device, prepared.launches, _with_copies(prepared, operands), out, lse)
+    return out, lse
+
+
+def _launch(
+    call: Call, device: Device, launches: Launches, operands: Operands, out: NativeArray, lse: NativeArray | None
+) -> None:
+    q, k, v, bias, _, cu_seqlens_q, cu_seqlens_k = operands
+    record = launches.record.copy()
+    record["q"], record["k"], record["v"] = call.read(q, "q"), call.read(k, "k"), call.read(v, "v")
+    if bias is not None:
+        record["bias"] = call.read(bias, "bias")
+    if cu_seqlens_q is not None:
+        record["cu_seqlens_q"] = call.read(device.indices(cu_seqlens_q), "cu_seqlens_q")
+        record["cu_seqlens_k"] = call.read(device.indices(cu_seqlens_k), "cu_seqlens_k")
+    o_address = call.write(out, "o")
+    lse_address = 0 if lse is None else call.write(lse, "lse")
+    split = launches.split
+    if split is None:
+        record["o"], record["lse"] = o_address, lse_address
+        launches.forward(record)
+        return
+    record["o"] = call.workspace(split.partials.shape, FLOAT32, "o_partial")
+    record["lse"] = call.workspace(split.partials.lse_shape, FLOAT32, "lse_partial")
+    launches.forward(record)
+    combine = split.record.copy()
+    combine["states"] += record["o"]
+    combine["lses"] += record["lse"]
+    combine["o"], combine["lse"] = o_address, lse_address
+    split.combine(combine)
+
+
+def _with_copies(prepared: Prepared, operands: Operands) -> Operands:
+    """The operands with C-contiguous copies of those whose rows are not contiguous."""
+    if not prepared.copied:
+        return operands
+    return operands._replace(**{name: getattr(operands, name).copy(order="C") for name in prepared.copied})
+
+
+def _run_on_cpu(prepared: Prepared, operands: Operands, return_lse: bool) -> tuple[np.ndarray, np.ndarray | None]:
     from cuflash.cpu.forward import forward
 
     problem = prepared.problem
-    out = np.empty(prepared.out_shape, prepared.out_dtype) if operands.out is None else operands.out
-    lse = None if prepared.lse_shape is None else np.empty(prepared.lse_shape, prepared.lse_dtype)
-    if problem.batch and problem.num_heads and (problem.total_q or problem.seqlen_q):
+    q, k, v, bias, out, cu_seqlens_q, cu_seqlens_k = _with_copies(prepared, operands)
+    if out is None:
+        out = np.empty(prepared.out_shape, prepared.out_dtype)
+    lse = np.empty(prepared.lse_shape, prepared.lse_dtype) if return_lse else None
+    if problem.batch and 0 not in prepared.lse_shape:
         forward(
             problem,
-            *(_normal(array, problem.varlen) for array in operands[:3]),
-            None if operands.bias is None else _full_bias(operands.bias, problem),
-            operands.cu_seqlens_q,
-            operands.cu_seqlens_k,
+            *(_normal(array, problem.varlen) for array in (q, k, v)),
+            None if bias is None else _full_bias(bias, problem),
+            cu_seqlens_q,
+            cu_seqlens_k,
             _normal(out, problem.varlen),
             lse if lse is None or problem.varlen else lse.reshape(problem.batch, problem.num_heads, problem.seqlen_q),
         )
+    if problem.varlen:  # tokens past the last sequence see nothing
+        end = int(cu_seqlens_q[-1])
+        out[end:] = 0
+        if lse is not None:
+            lse[:, end:] = -np.inf
     return out, lse
 
 

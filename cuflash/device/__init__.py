@@ -43,6 +43,12 @@ class Device(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> NativeArray:
         """A native array for a result."""
 
+    def holds(self, array: NativeArray) -> bool:
+        """Whether a native array lies in this device's memory."""
+
+    def indices(self, array: NativeArray) -> NativeArray:
+        """A C-contiguous int32 array on this device with the values of one on the host or this device."""
+
     def call(self) -> AbstractContextManager[Call]:
         """One call: outputs count only if it ends without an error."""
 
@@ -69,6 +75,12 @@ def device_of(kind: Kind, names: Sequence[str], arrays: Sequence[NativeArray | N
             )
     if on_host:
         return None
-    from cuflash.device import cuda
+    from cuflash.device.cuda import gpu_of
 
-    return cuda.device_of(names, arrays)
+    return gpu_of(names, arrays)
+
+
+def check_placed(device: Device | None, name: str, array: NativeArray) -> None:
+    """Raises DeviceError where an array on a GPU goes with a call that runs elsewhere."""
+    if device is None or not device.holds(array):
+        raise DeviceError(f"{name} is a {type_name(array)} on a GPU: must be on the host or the device of q")

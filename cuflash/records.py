@@ -1,0 +1,145 @@
+"""From a problem, a plan and layouts to the kernels' parameter records, all but the addresses.
+
+Axes that an array lacks have stride 0. Strides of the records are in elements, those of layouts in bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import gcd
+from typing import NamedTuple
+
+import numpy as np
+
+from cuflash.arrays import ALIGNMENT, Layout, contiguous_strides
+from cuflash.errors import InvalidValueError
+from cuflash.plan.config import MAX_SPLITS
+from cuflash.plan.forward import ForwardPlan
+from cuflash.plan.params import COMBINE_PARAMS, FORWARD_PARAMS, NO_BOUND
+from cuflash.problem import Problem
+
+
+def access_bytes(*layouts: Layout) -> int:
+    """The widest power of two, at most 16, that every row of every array is aligned to and divides into."""
+    bytes_ = ALIGNMENT
+    for array in layouts:
+        strides = (stride for stride, size in zip(array.strides[:-1], array.shape, strict=False) if size > 1)
+        bytes_ = gcd(bytes_, array.misalignment, array.shape[-1] * array.dtype.itemsize, *strides)
+    return bytes_
+
+
+def in_elements(name: str, array: Layout) -> tuple[int, ...]:
+    """Strides in elements."""
+    itemsize = array.dtype.itemsize
+    if array.misalignment % itemsize or any(stride % itemsize for stride in array.strides):
+        raise InvalidValueError(
+            f"{name}.strides = {array.strides}: elements must be aligned to their {itemsize} bytes for a kernel"
+        )
+    return tuple(stride // itemsize for stride in array.strides)
+
+
+def token_strides(name: str, array: Layout) -> tuple[int, int, int]:
+    """(batch, token, head) of q, k, v, o or a state, of rank 2 to 4 or packed."""
+    strides = in_elements(name, array)[:-1]
+    if len(strides) == 1:
+        return 0, strides[0], 0
+    return (0, *strides) if len(strides) == 2 else strides  # type: ignore[return-value]
+
+
+def lse_strides(strides: Sequence[int]) -> tuple[int, int, int]:
+    """(batch, head, token) of an lse with these strides in elements."""
+    return (*(0,) * (3 - len(strides)), *strides)  # type: ignore[return-value]
+
+
+def bias_strides(bias: Layout) -> tuple[int, int, int, int]:
+    """(batch, head, query, key), 0 where it is broadcast."""
+    strides = (s if size != 1 else 0 for s, size in zip(in_elements("bias", bias), bias.shape, strict=True))
+    return (*(0,) * (4 - len(bias.shape)), *strides)  # type: ignore[return-value]
+
+
+class Partials(NamedTuple):
+    """C-contiguous float32 states of a split plan, the split axis first; strides in elements."""
+
+    shape: tuple[int, ...]
+    lse_shape: tuple[int, ...]
+    strides: tuple[int, int, int, int]  # split, batch, token, head
+    lse_strides: tuple[int, int, int, int]  # split, batch, head, token
+
+
+def partials(problem: Problem, num_splits: int) -> Partials:
+    batch, tokens = (1, problem.total_q) if problem.total_q is not None else (problem.batch, problem.seqlen_q)
+    shape = (num_splits, batch, tokens, problem.num_heads, problem.head_dim_v)
+    lse_shape = (num_splits, batch, problem.num_heads, tokens)
+    strides = contiguous_strides(shape, 1)[:-1]
+    return Partials(shape, lse_shape, strides, contiguous_strides(lse_shape, 1))  # type: ignore[arg-type]
+
+
+def forward_record(
+    problem: Problem,
+    plan: ForwardPlan,
+    q: Layout,
+    k: Layout,
+    v: Layout,
+    bias: Layout | None,
+    o: Layout,
+    lse_shape: Sequence[int],
+) -> np.ndarray:
+    """Parameters of the forward launch; `o` and `lse_shape` are the results', which a split plan does not write."""
+    record = np.zeros((), FORWARD_PARAMS)
+    record["q_strides"] = token_strides("q", q)
+    record["k_strides"] = token_strides("k", k)
+    record["v_strides"] = token_strides("v", v)
+    if plan.combine is None:
+        record["o_strides"] = token_strides("out", o)
+        record["lse_strides"] = lse_strides(contiguous_strides(lse_shape, 1))
+    else:
+        partial = partials(problem, plan.num_splits)
+        record["o_split_stride"], *record["o_strides"] = partial.strides
+        record["lse_split_stride"], *record["lse_strides"] = partial.lse_strides
+    if bias is not None:
+        record["bias_strides"] = bias_strides(bias)
+    for name in ("scale", "softcap", "batch", "num_heads", "seqlen_q", "seqlen_k"):
+        record[name] = getattr(problem, name)
+    record["group"] = problem.group
+    record["total_q"], record["total_k"] = problem.total_q or 0, problem.total_k or 0
+    for name in ("left", "right"):
+        bound = getattr(problem, name)
+        record[name] = NO_BOUND if bound is None else min(bound, NO_BOUND)
+    record["num_splits"], record["q_tiles"] = plan.num_splits, plan.q_tiles
+    return record
+
+
+def combine_record(
+    shape: tuple[int, int, int],
+    num_states: int,
+    state_strides: Sequence[int],
+    state_lse_strides: Sequence[int],
+    o_strides: Sequence[int],
+    o_lse_strides: Sequence[int],
+) -> np.ndarray:
+    """Parameters of a launch that merges states of (batch, seqlen_q, heads) rows; strides as in the record."""
+    batch, seqlen_q, num_heads = shape
+    record = np.zeros((), COMBINE_PARAMS)
+    record["state_strides"], record["state_lse_strides"] = state_strides, state_lse_strides
+    record["o_strides"], record["lse_strides"] = o_strides, o_lse_strides
+    record["num_states"], record["num_heads"], record["seqlen_q"] = num_states, num_heads, seqlen_q
+    record["rows"] = batch * num_heads * seqlen_q
+    return record
+
+
+def split_combine_record(problem: Problem, num_splits: int, o: Layout, lse_shape: Sequence[int]) -> np.ndarray:
+    """Parameters of the launch that merges the partial states of a split plan; its addresses are offsets in bytes."""
+    partial = partials(problem, num_splits)
+    _, batch, tokens, num_heads, _ = partial.shape
+    record = combine_record(
+        (batch, tokens, num_heads),
+        num_splits,
+        partial.strides[1:],
+        partial.lse_strides[1:],
+        token_strides("out", o),
+        lse_strides(contiguous_strides(lse_shape, 1)),
+    )
+    float_bytes = 4
+    record["states"] = np.arange(MAX_SPLITS) * (partial.strides[0] * float_bytes)
+    record["lses"] = np.arange(MAX_SPLITS) * (partial.lse_strides[0] * float_bytes)
+    return record
