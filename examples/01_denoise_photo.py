@@ -23,6 +23,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import skimage
+from rich.console import Console
 from rich.progress import track
 from skimage.restoration import denoise_nl_means
 
@@ -32,7 +33,7 @@ FEATURES = 10  # patches are compared by their leading principal components, whi
 BANDWIDTH = 8.0  # h² in units of sigma²
 CPU_CROP = 192  # side of the square that a CPU denoises by default
 SHIPPED = ("astronaut", "chelsea", "coffee")  # photographs inside scikit-image's wheel
-CHUNK = {"cpu": 1024, "cuda": 32768}  # queries per call: one step of the progress bar
+CHUNK = {"cpu": 4096, "cuda": 32768}  # queries per call: one step of the progress bar
 
 
 def main() -> None:
@@ -93,7 +94,8 @@ def attend_to_all(
         features, values, bias = cupy.asarray(features), cupy.asarray(values), cupy.asarray(bias)
     out = np.empty(values.shape, np.float32)
     lse = np.empty(len(values), np.float32)
-    for i in track(range(0, len(out), CHUNK[device]), "attention", transient=True):
+    starts = range(0, len(out), CHUNK[device])
+    for i in track(starts, "attention", transient=True, console=Console(stderr=True)):
         rows = slice(i, i + CHUNK[device])
         chunk, chunk_lse = cuflash.attention(features[rows], features, values, scale=scale, bias=bias, return_lse=True)
         out[rows], lse[rows] = (chunk, chunk_lse) if device == "cpu" else (chunk.get(), chunk_lse.get())

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterable
 
 import matplotlib
 
@@ -26,6 +27,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import skimage
+from rich.console import Console
 from rich.progress import track
 
 import cuflash
@@ -48,9 +50,7 @@ def main() -> None:
     y = disparity[tuple(pixels.T)].astype(np.float64)[:, None]
     x_train, y_train, x_test, y_test = x[:TRAIN], y[:TRAIN], x[TRAIN:], y[TRAIN:]
 
-    errors = {
-        h: leave_one_out_error(x_train, y_train, h) for h in track(BANDWIDTHS, "choosing the bandwidth", transient=True)
-    }
+    errors = {h: leave_one_out_error(x_train, y_train, h) for h in with_bar(BANDWIDTHS, "choosing the bandwidth")}
     h = min(errors, key=errors.__getitem__)
     for candidate, error in errors.items():
         print(f"h = {candidate:4.2f}   leave-one-out RMSE {error:6.3f}{'   <- chosen' if candidate == h else ''}")
@@ -65,10 +65,12 @@ def main() -> None:
 
     grid = np.stack(np.mgrid[: photo.shape[0] : STRIDE, : photo.shape[1] : STRIDE], axis=-1)  # (rows, columns, 2)
     start = time.perf_counter()
-    filled, log_sum = kernel_regression(((grid - centre) / spread).reshape(-1, 2), x_train, y_train, h)
+    parts = np.array_split(((grid - centre) / spread).reshape(-1, 2), 16)
+    results = [kernel_regression(part, x_train, y_train, h) for part in with_bar(parts, "filling the picture")]
+    filled, log_sum = (np.concatenate(each).reshape(grid.shape[:2]) for each in zip(*results, strict=True))
     log_density = log_sum - np.log(TRAIN * 2 * np.pi * h**2)
-    print(f"{len(filled):,} pixels from {TRAIN:,} measurements in {time.perf_counter() - start:.1f} s")
-    write_picture(args.output, photo, pixels[:TRAIN], y_train, filled.reshape(grid.shape[:2]), log_density)
+    print(f"{log_sum.size:,} pixels from {TRAIN:,} measurements in {time.perf_counter() - start:.1f} s")
+    write_picture(args.output, photo, pixels[:TRAIN], y_train, filled, log_density)
     print(f"wrote {args.output}")
 
 
@@ -103,6 +105,10 @@ def direct_regression(x: np.ndarray, samples: np.ndarray, y: np.ndarray, h: floa
     return kernel @ y / total, (largest + np.log(total))[:, 0]
 
 
+def with_bar(items: Iterable, description: str) -> Iterable:
+    return track(items, description, transient=True, console=Console(stderr=True))
+
+
 def rmse(predicted: np.ndarray | float, measured: np.ndarray) -> float:
     return float(np.sqrt(np.mean((predicted - measured) ** 2)))
 
@@ -119,7 +125,7 @@ def write_picture(
     surface = axes[1].imshow(filled, extent=extent, **scale)
     axes[1].set_title("kernel regression: the attention output")
     figure.colorbar(surface, ax=axes[:2], label="disparity (pixels)", shrink=0.9)
-    density = axes[2].imshow(log_density.reshape(filled.shape), extent=extent, cmap="magma", vmin=-6)
+    density = axes[2].imshow(log_density, extent=extent, cmap="magma", vmin=-6)
     axes[2].set_title("log density of measurements: the lse")
     figure.colorbar(density, ax=axes[2], shrink=0.9)
     for panel in axes:
