@@ -28,8 +28,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # One kernel cache for all tests and workers, kept between runs and apart from the user's.
-    os.environ.setdefault("CUFLASH_CACHE_DIR", str(config.cache.mkdir("cuflash")))
+    if hasattr(config, "cache"):  # one kernel cache for all tests and workers, kept between runs, apart from the user's
+        os.environ.setdefault("CUFLASH_CACHE_DIR", str(config.cache.mkdir("cuflash")))
     if "cuda" in chosen_devices(config):
         import cupy
 
