@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cases import DTYPES
-from benchmarks.measure import Times
 
 LIBRARIES = ("numpy", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 GPU_FACTS = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
 CPU_MATRIX, GPU_MATRIX = 2048, 8192
 CPU_COPY_BYTES, GPU_COPY_BYTES = 1 << 28, 1 << 30
-REPEATS = 10
+REPEATS = 20
 
 
 def describe(device: str, threads: int | None) -> dict[str, Any]:
@@ -47,18 +46,18 @@ def _cpu_name() -> str:
 
 
 def rates(device: str, dtype: str) -> dict[str, float]:
-    """Operations/s of a square matrix product and bytes/s (read and written) of a copy, medians."""
+    """Operations/s of a square matrix product and bytes/s (read and written) of a copy: the machine's best."""
     matmul, flops, copy, copied = _gpu_work(dtype) if device == "cuda" else _cpu_work(dtype)
-    return {"matmul_flops": flops / _median(matmul), "copy_bytes": copied / _median(copy)}
+    return {"matmul_flops": flops / _least(matmul), "copy_bytes": copied / _least(copy)}
 
 
-def _median(work: Any) -> float:
+def _least(work: Any) -> float:
     samples = []
-    for _ in range(REPEATS + 2):
+    for _ in range(REPEATS):
         begin = time.perf_counter()
         work()
         samples.append(time.perf_counter() - begin)
-    return Times.of(samples[2:]).median
+    return min(samples)
 
 
 def _cpu_work(dtype: str) -> tuple[Any, int, Any, int]:

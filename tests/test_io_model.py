@@ -14,6 +14,7 @@ from cuflash.problem import Problem
 PROBLEM = Problem(2, 100, 70, num_heads=6, num_kv_heads=2, head_dim=40, head_dim_v=24, dtype="bfloat16", scale=1.0)
 PACKED = replace(PROBLEM, batch=3, total_q=160, total_k=130)
 SEQLENS = [(60, 30), (0, 70), (100, 30)]
+ENDS = {"cu_seqlens_q": [0, 60, 60, 160], "cu_seqlens_k": [0, 30, 100, 130]}
 
 # Operations per clock and multiprocessor of dense 16-bit matrix products summed in float32.
 MATMUL_PER_CLOCK = {"sm_80": 2048, "sm_86": 512, "sm_89": 512, "sm_90": 4096, "sm_100": 8192, "sm_120": 512}
@@ -35,7 +36,7 @@ def test_standard_moves_every_operand_of_three_operations_once(problem):
             written += 2 * n * m
             read += 2 * (n * m + (m * 24 if owns_kv else 0))  # O = PV
             written += 2 * n * 24
-    cost = io_model.standard(problem, seqlens=SEQLENS)
+    cost = io_model.standard(problem, **ENDS)
     assert (cost.bytes_read, cost.bytes_written) == (read, written)
     assert cost.bytes == cost.dram_bytes == read + written
     assert cost.matmul_flops == cost.useful_flops == 6 * sum(2 * n * m * 64 for n, m in sequences(problem))
@@ -53,7 +54,7 @@ def test_chunked_moves_every_operand_of_every_chunk(problem, query_chunk, key_ch
                     total += 2 * keys * 64 if head % problem.group == 0 else 0  # K and V
                     total += 2 * 4 * rows * (24 + 2)  # the summary there and back
                 total += 2 * rows * 24  # O
-    cost = io_model.chunked(problem, query_chunk, key_chunk, seqlens=SEQLENS)
+    cost = io_model.chunked(problem, query_chunk, key_chunk, **ENDS)
     assert cost.bytes == cost.dram_bytes == total
 
 
@@ -128,5 +129,5 @@ def test_errors_name_argument_value_and_requirement():
         gpu_named("H300")
     with pytest.raises(InvalidValueError, match="query_chunk = 0: must be >= 1"):
         io_model.chunked(PROBLEM, query_chunk=0)
-    with pytest.raises(InvalidValueError, match="seqlens = None: must list the lengths of 3 packed sequences"):
+    with pytest.raises(InvalidValueError, match="cu_seqlens_q = None: must list the 4 ends of packed sequences"):
         io_model.standard(PACKED)

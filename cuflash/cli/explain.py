@@ -1,0 +1,184 @@
+"""`python -m cuflash explain`: how a problem would be computed on a GPU, and what that moves and costs."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from cuflash import check, io_model
+from cuflash.errors import DeviceError, InvalidValueError
+from cuflash.jit.compiler import EXTRAS
+from cuflash.options import Options
+from cuflash.plan.config import ForwardConfig, KernelConfig
+from cuflash.plan.cost import blocks_per_sm
+from cuflash.plan.forward import ForwardPlan, Launch
+from cuflash.plan.gpus import GPUS, Gpu, gpu_named
+from cuflash.problem import Problem
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+BOUNDS = {"memory": "memory", "matmul": "matrix products", "special": "exponentials"}
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "explain",
+        help="configuration, bytes, operations and roofline time of a problem on a named GPU",
+        description="How cuflash.attention would compute arrays of these shapes on a GPU, none of which is needed.",
+    )
+    parser.add_argument("--shape", required=True, help="of q: batch,seqlen,heads,dim, or without batch, or seqlen,dim")
+    parser.add_argument("--kv-shape", help="of k, that of q by default")
+    parser.add_argument("--v-shape", help="of v, that of k by default")
+    parser.add_argument("--dtype", default="bfloat16", help="float16 or bfloat16 (default)")
+    parser.add_argument("--causal", action="store_true")
+    parser.add_argument("--window", help="left,right; none on a side for no bound")
+    parser.add_argument("--softcap", type=float)
+    parser.add_argument("--bias-shape", help="broadcasts to batch,heads,seqlen_q,seqlen_k")
+    parser.add_argument("--bias-dtype", help="that of q by default")
+    parser.add_argument("--lse", action="store_true", help="return the log-sum-exp too")
+    parser.add_argument("--num-splits", type=int, help="parts that keys are split into; chosen by default")
+    parser.add_argument("--gpu", default="H100", help=f"{', '.join(GPUS)}; default H100")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        from rich.console import Console
+    except ImportError:
+        raise DeviceError(f"rich is not installed: explain needs {EXTRAS}") from None
+    gpu = gpu_named(args.gpu)
+    bias_shape = None if args.bias_shape is None else _numbers("--bias-shape", args.bias_shape)
+    problem = io_model.problem_of_shapes(
+        _numbers("--shape", args.shape),
+        None if args.kv_shape is None else _numbers("--kv-shape", args.kv_shape),
+        None if args.v_shape is None else _numbers("--v-shape", args.v_shape),
+        dtype=args.dtype,
+        causal=args.causal,
+        window=None if args.window is None else _window(args.window),
+        softcap=args.softcap,
+        bias_shape=bias_shape,
+        bias_dtype=args.bias_dtype,
+    )
+    check.check_kernel_limits(problem, gpu.arch)
+    plan = io_model.plan_contiguous(problem, gpu.arch, Options(num_splits=args.num_splits), gpu.sm_count)
+    costs = io_model.costs(problem, plan, return_lse=args.lse, bias_shape=bias_shape)
+    title = f"{_describe(problem)} on {gpu.name} ({gpu.arch_name})"
+    parts = [title, _kernels(plan, gpu), _costs(costs, gpu), *_conclusions(costs, gpu)]
+    Console().print(*parts, sep="\n", highlight=False)
+    return 0
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InvalidValueError(f"{name} = {text!r}: must be whole numbers and commas, such as 4,4096,32,128") from None
+
+
+def _window(text: str) -> tuple[int | None, ...]:
+    try:
+        return tuple(None if side.strip() == "none" else int(side) for side in text.split(","))
+    except ValueError:
+        raise InvalidValueError(f"--window = {text!r}: must be left,right, each a whole number or none") from None
+
+
+def _kernels(plan: ForwardPlan, gpu: Gpu) -> Table:
+    """Configuration, resources and occupancy of every launch."""
+    from rich.table import Table
+
+    view = Table(show_header=False)
+    for launch in (plan.forward, *((plan.combine,) if plan.combine else ())):
+        for name, value in _facts(launch, gpu).items():
+            view.add_row(name, value)
+        view.add_section()
+    view.add_row("splits of the keys", str(plan.num_splits))
+    return view
+
+
+def _describe(problem: Problem) -> str:
+    p = problem
+    sides = ["none" if side is None else str(side) for side in (p.left, p.right)]
+    mask = "" if not p.windowed else ", causal" if p.left is None and p.right == 0 else f", window {','.join(sides)}"
+    heads = str(p.num_heads) if p.num_heads == p.num_kv_heads else f"{p.num_heads} ({p.num_kv_heads} of keys)"
+    dims = str(p.head_dim) if p.head_dim == p.head_dim_v else f"{p.head_dim} ({p.head_dim_v} of values)"
+    return f"batch {p.batch}, queries {p.seqlen_q}, keys {p.seqlen_k}, heads {heads}, dim {dims}, {p.dtype}{mask}"
+
+
+def _facts(launch: Launch, gpu: Gpu) -> dict[str, str]:
+    config, arch = launch.config, gpu.arch
+    registers = _registers(config, gpu)
+    blocks = launch.grid[0]
+    facts = {"kernel": config.entry, "threads of a block": f"{config.threads} ({config.num_warps} warps)"}
+    if isinstance(config, ForwardConfig):
+        place = "registers" if config.q_in_registers else "shared memory"
+        resident = blocks_per_sm(config, arch, registers)
+        warps = resident * config.num_warps
+        share = warps / arch.max_warps_per_sm
+        facts |= {
+            "tiles": f"{config.block_m} queries x {config.block_n} keys, {config.block_dv} output columns",
+            "pipeline": f"{config.num_stages} stage(s) of keys and values, queries in {place}",
+            "shared memory": f"{launch.shared_bytes:,} of {arch.shared_per_block:,} bytes",
+            "occupancy": f"{resident} blocks, {warps} of {arch.max_warps_per_sm} warps a multiprocessor ({share:.0%})",
+            "waves": f"{blocks / max(1, resident * gpu.sm_count):.2f} over {gpu.sm_count} multiprocessors",
+        }
+    facts["registers"] = "no compiler at hand" if registers is None else f"{registers} a thread"
+    facts["grid"] = f"{blocks:,} blocks"
+    return facts
+
+
+def _registers(config: KernelConfig, gpu: Gpu) -> int | None:
+    """Registers of a thread, or None where no compiler is installed."""
+    from cuflash.jit import resources
+
+    try:
+        return resources(config, gpu.arch_name).registers
+    except DeviceError:
+        return None
+
+
+def _costs(costs: dict[str, io_model.Cost], gpu: Gpu) -> Table:
+    """Bytes, operations and roofline time of every algorithm."""
+    from rich.table import Table
+
+    view = Table()
+    view.add_column("")
+    for name in costs:
+        view.add_column(name, justify="right")
+    lines = {name: cost.roofline(gpu) for name, cost in costs.items()}
+    rows = {
+        "asked of global memory, read": [_bytes(cost.bytes_read) for cost in costs.values()],
+        "asked of global memory, written": [_bytes(cost.bytes_written) for cost in costs.values()],
+        "least through the memory bus": [_bytes(cost.dram_bytes) for cost in costs.values()],
+        "workspace": [_bytes(cost.workspace_bytes) for cost in costs.values()],
+        "matrix products, Gflop": [f"{cost.matmul_flops * 1e-9:,.2f}" for cost in costs.values()],
+        "exponentials, 10^9": [f"{cost.exponentials * 1e-9:,.3f}" for cost in costs.values()],
+        "flop per byte asked": [f"{cost.intensity:,.1f}" for cost in costs.values()],
+        "memory time, µs": [f"{lines[name].memory * 1e6:,.1f}" for name in costs],
+        "matrix product time, µs": [f"{lines[name].matmul * 1e6:,.1f}" for name in costs],
+        "exponential time, µs": [f"{lines[name].special * 1e6:,.1f}" for name in costs],
+        "least time, µs": [f"{lines[name].seconds * 1e6:,.1f}" for name in costs],
+        "bound by": [BOUNDS[lines[name].bound] for name in costs],
+    }
+    for name, row in rows.items():
+        view.add_row(name, *row)
+    return view
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:,.2f} {unit}"
+    return f"{count} B"
+
+
+def _conclusions(costs: dict[str, io_model.Cost], gpu: Gpu) -> list[str]:
+    flash, standard = costs["flash"], costs["standard"]
+    seconds = flash.roofline(gpu).seconds
+    if not flash.bytes or not seconds:
+        return ["There is nothing to compute."]
+    return [
+        f"Standard attention asks global memory for {standard.bytes / flash.bytes:,.2f} times the bytes of flash;",
+        f"through the memory bus must go {standard.dram_bytes / flash.dram_bytes:,.1f} times as many.",
+        f"In its least time flash would run at {flash.useful_flops / seconds * 1e-12:,.0f} TFLOP/s of visible pairs.",
+    ]

@@ -1,0 +1,57 @@
+"""`python docs/make_traffic_figure.py [FILE]`: bytes and memory against sequence length, from cuflash.io_model.
+
+Writes docs/images/traffic.svg unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from cuflash import Options, io_model
+
+LENGTHS = [2**n for n in range(8, 19)]
+HEAD_DIM = 128
+STYLES = {
+    "standard": ("tab:red", "standard: S and P in memory"),
+    "chunked": ("tab:orange", "chunked (Rabe & Staats)"),
+    "flash": ("tab:blue", "flash: asked of global memory"),
+}
+
+
+def main() -> None:
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "images" / "traffic.svg"
+    plt.rcParams["svg.hashsalt"] = "cuflash"  # the same file whenever it is made
+    figure, (traffic, memory) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    costs = [
+        io_model.compare((length, 1, HEAD_DIM), arch="sm_80", options=Options(num_splits=1)) for length in LENGTHS
+    ]
+    for name, (color, label) in STYLES.items():
+        traffic.plot(LENGTHS, [cost[name].bytes for cost in costs], "o-", ms=3, color=color, label=label)
+        extra = [cost[name].workspace_bytes for cost in costs]
+        if any(extra):
+            memory.plot(LENGTHS, extra, "o-", ms=3, color=color, label=label.partition(":")[0])
+    once = [cost["flash"].dram_bytes for cost in costs]
+    traffic.plot(LENGTHS, once, "--", color="tab:blue", label="flash: every array once (repeats in L2)")
+    memory.plot(LENGTHS, once, "--", color="gray", label="inputs and output themselves")
+    memory.plot([], [], color="tab:blue", label="flash: nothing")
+    traffic.set_ylabel("bytes moved")
+    memory.set_ylabel("bytes beyond inputs and output")
+    for axes in (traffic, memory):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("sequence length N")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.suptitle(f"Attention forward, one head, d = {HEAD_DIM}, bfloat16")
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=120)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
