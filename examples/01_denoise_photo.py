@@ -153,7 +153,7 @@ def pick_device(name: str) -> str:
 
 
 def write_picture(path: str, clean: np.ndarray, noisy: np.ndarray, denoised: np.ndarray) -> None:
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4.3 * clean.shape[0] / clean.shape[1]), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4 * clean.shape[0] / clean.shape[1] + 0.3), layout="constrained")
     titles = (f"noisy, {psnr(clean, noisy):.1f} dB", f"denoised, {psnr(clean, denoised):.1f} dB", "original")
     for panel, picture, title in zip(axes, (noisy, denoised, clean), titles, strict=True):
         panel.imshow(picture.clip(0, 1), interpolation="nearest")
