@@ -160,7 +160,7 @@ def _new_kind(value: object, name: str) -> Kind:
         raise InvalidTypeError(f"{name} is a {type_name(value)}: must be a plain array")
     if isinstance(value, np.ndarray):
         return NUMPY
-    if package == "cupy" and hasattr(value, "__cuda_array_interface__"):
+    if package == "cupy" and hasattr(type(value), "__cuda_array_interface__"):
         return CUPY
     if not hasattr(type(value), "__dlpack__"):
         raise InvalidTypeError(

@@ -171,16 +171,17 @@ def attention_varlen(
     check.check_flag("return_lse", return_lse)
     kind, arrays = gather(_NAMES, (q, k, v, bias, out))
     device = device_of(kind, _NAMES, arrays)
+    q, k, v, bias, given_out = arrays
     for name, array in zip(_NAMES[:3], arrays, strict=False):
         check.check_packed_rank(name, array.shape)
     lengths = take_lengths(
         device,
         (cu_seqlens_q, cu_seqlens_k),
         (max_seqlen_q, max_seqlen_k),
-        (arrays[0].shape[0], arrays[1].shape[0]),
-        _biased_axes(arrays[3]),
+        (q.shape[0], k.shape[0]),
+        _biased_axes(bias),
     )
-    operands = forward.Operands(*arrays, lengths.cu_seqlens_q, lengths.cu_seqlens_k)
+    operands = forward.Operands(q, k, v, bias, given_out, lengths.cu_seqlens_q, lengths.cu_seqlens_k)
     return _give(kind, out, *forward.run(device, operands, asked, lengths.packing, bool(return_lse), options))
 
 

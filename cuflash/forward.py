@@ -16,11 +16,15 @@ from cuflash.check import Packing, Scores
 from cuflash.device import Call, Device, Kernel
 from cuflash.options import Options
 from cuflash.plan.forward import plan_forward
+from cuflash.plan.params import COMBINE_PARAMS, FORWARD_PARAMS
 from cuflash.problem import Problem
 
 MAX_PREPARED = 1024  # problems kept per device
 FLOAT32 = np.dtype(np.float32)
 INPUTS = ("q", "k", "v", "bias")
+
+FORWARD_BYTES, COMBINE_BYTES = records.as_bytes(FORWARD_PARAMS), records.as_bytes(COMBINE_PARAMS)
+AT, COMBINE_AT = records.address_words(FORWARD_PARAMS), records.address_words(COMBINE_PARAMS)
 
 
 class Operands(NamedTuple):
@@ -40,7 +44,7 @@ class Split:
     """What a plan that splits the keys launches after the forward kernel; see `records.split_combine_record`."""
 
     combine: Kernel
-    record: np.ndarray
+    words: np.ndarray
     partials: records.Partials
 
 
@@ -49,7 +53,7 @@ class Launches:
     """Kernels of one plan and their parameters, complete but for the addresses."""
 
     forward: Kernel
-    record: np.ndarray
+    words: np.ndarray
     split: Split | None
 
 
@@ -144,16 +148,16 @@ def _launches(
         options=options,
         sm_count=device.sm_count,
     )
-    record = records.forward_record(problem, plan, q, k, v, bias, out, lse_shape)
+    words = records.as_words(records.forward_record(problem, plan, q, k, v, bias, out, lse_shape))
     forward = device.load(plan.forward)
     if plan.combine is None:
-        return Launches(forward, record, None)
+        return Launches(forward, words, None)
     split = Split(
         device.load(plan.combine),
-        records.split_combine_record(problem, plan.num_splits, out, lse_shape),
+        records.as_words(records.split_combine_record(problem, plan.num_splits, out, lse_shape)),
         records.partials(problem, plan.num_splits),
     )
-    return Launches(forward, record, split)
+    return Launches(forward, words, split)
 
 
 def _run_on_device(
@@ -173,28 +177,28 @@ def _launch(
     call: Call, device: Device, launches: Launches, operands: Operands, out: NativeArray, lse: NativeArray | None
 ) -> None:
     q, k, v, bias, _, cu_seqlens_q, cu_seqlens_k = operands
-    record = launches.record.copy()
-    record["q"], record["k"], record["v"] = call.read(q, "q"), call.read(k, "k"), call.read(v, "v")
+    words = launches.words.copy()
+    words[AT["q"]], words[AT["k"]], words[AT["v"]] = call.read(q, "q"), call.read(k, "k"), call.read(v, "v")
     if bias is not None:
-        record["bias"] = call.read(bias, "bias")
+        words[AT["bias"]] = call.read(bias, "bias")
     if cu_seqlens_q is not None:
-        record["cu_seqlens_q"] = call.read(device.indices(cu_seqlens_q), "cu_seqlens_q")
-        record["cu_seqlens_k"] = call.read(device.indices(cu_seqlens_k), "cu_seqlens_k")
+        words[AT["cu_seqlens_q"]] = call.read(device.indices(cu_seqlens_q), "cu_seqlens_q")
+        words[AT["cu_seqlens_k"]] = call.read(device.indices(cu_seqlens_k), "cu_seqlens_k")
     o_address = call.write(out, "o")
     lse_address = 0 if lse is None else call.write(lse, "lse")
     split = launches.split
     if split is None:
-        record["o"], record["lse"] = o_address, lse_address
-        launches.forward(record)
+        words[AT["o"]], words[AT["lse"]] = o_address, lse_address
+        launches.forward(words.view(FORWARD_BYTES))
         return
-    record["o"] = call.workspace(split.partials.shape, FLOAT32, "o_partial")
-    record["lse"] = call.workspace(split.partials.lse_shape, FLOAT32, "lse_partial")
-    launches.forward(record)
-    combine = split.record.copy()
-    combine["states"] += record["o"]
-    combine["lses"] += record["lse"]
-    combine["o"], combine["lse"] = o_address, lse_address
-    split.combine(combine)
+    words[AT["o"]] = call.workspace(split.partials.shape, FLOAT32, "o_partial")
+    words[AT["lse"]] = call.workspace(split.partials.lse_shape, FLOAT32, "lse_partial")
+    launches.forward(words.view(FORWARD_BYTES))
+    merge = split.words.copy()
+    merge[COMBINE_AT["states"]] += words[AT["o"]]
+    merge[COMBINE_AT["lses"]] += words[AT["lse"]]
+    merge[COMBINE_AT["o"]], merge[COMBINE_AT["lse"]] = o_address, lse_address
+    split.combine(merge.view(COMBINE_BYTES))
 
 
 def _with_copies(prepared: Prepared, operands: Operands) -> Operands:
@@ -212,21 +216,18 @@ def _run_on_cpu(prepared: Prepared, operands: Operands, return_lse: bool) -> tup
     if out is None:
         out = np.empty(prepared.out_shape, prepared.out_dtype)
     lse = np.empty(prepared.lse_shape, prepared.lse_dtype) if return_lse else None
-    if problem.batch and 0 not in prepared.lse_shape:
+    if 0 not in prepared.lse_shape:
         forward(
             problem,
-            *(_normal(array, problem.varlen) for array in (q, k, v)),
+            _normal(q, problem.varlen),
+            _normal(k, problem.varlen),
+            _normal(v, problem.varlen),
             None if bias is None else _full_bias(bias, problem),
             cu_seqlens_q,
             cu_seqlens_k,
             _normal(out, problem.varlen),
             lse if lse is None or problem.varlen else lse.reshape(problem.batch, problem.num_heads, problem.seqlen_q),
         )
-    if problem.varlen:  # tokens past the last sequence see nothing
-        end = int(cu_seqlens_q[-1])
-        out[end:] = 0
-        if lse is not None:
-            lse[:, end:] = -np.inf
     return out, lse
 
 

@@ -216,4 +216,4 @@ def _combine(device: Device, states: _States, out: Layout, out_address: int, lse
     record["lses"][: len(states.lses)] = states.lses
     record["o"], record["lse"] = out_address, lse_address
     launch = plan_combine(states.dtype, DTYPE_NAMES[out.dtype], head_dim_v, batch * tokens * heads)
-    device.load(launch)(record)
+    device.load(launch)(record.reshape(1))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
+from functools import cache
+from importlib import import_module
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,7 +16,7 @@ from cuflash.errors import DeviceError
 from cuflash.plan.arch import Arch
 from cuflash.plan.forward import Launch
 
-Kernel = Callable[[np.ndarray], None]  # launches with one parameter record
+Kernel = Callable[[np.ndarray], None]  # launches with one parameter record, an array of one element
 
 
 class Call(Protocol):
@@ -75,9 +77,14 @@ def device_of(kind: Kind, names: Sequence[str], arrays: Sequence[NativeArray | N
             )
     if on_host:
         return None
-    from cuflash.device.cuda import gpu_of
+    device: Device = _cuda().gpu_of(names, arrays)
+    return device
 
-    return gpu_of(names, arrays)
+
+@cache
+def _cuda() -> Any:
+    """The module that imports CuPy, once it is needed."""
+    return import_module("cuflash.device.cuda")
 
 
 def check_placed(device: Device | None, name: str, array: NativeArray) -> None:

@@ -51,7 +51,9 @@ class CudaDevice:
         return isinstance(array, cupy.ndarray) and array.data.device_id == self.device.id
 
     def indices(self, array: NativeArray) -> NativeArray:
-        return cupy.ascontiguousarray(cupy.asarray(array), dtype=np.int32)
+        if array.dtype == np.int32 and self.holds(array) and array.flags.c_contiguous:
+            return array
+        return cupy.ascontiguousarray(cupy.asarray(array, dtype=np.int32))
 
     def call(self) -> _Call:
         return _Call(self.device)
