@@ -1,0 +1,27 @@
+"""The command line. A command is a module with `add_parser(subparsers)`, which sets its `run` as the default."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from cuflash.cli import compile, info
+from cuflash.errors import CuflashError
+
+COMMANDS = (info, compile)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0, or 2 after a message for what the caller got wrong."""
+    parser = argparse.ArgumentParser(prog="python -m cuflash", description="Exact, IO-aware attention for arrays.")
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_parser(subparsers)
+    parsed = parser.parse_args(arguments)
+    try:
+        status: int = parsed.run(parsed)
+    except CuflashError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return status
