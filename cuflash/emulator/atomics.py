@@ -1,0 +1,72 @@
+"""Atomic read-modify-write over lists of places that may repeat: the outcome is that of one lane after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+
+def _wrap_up(old: np.ndarray, limit: np.ndarray) -> np.ndarray:
+    return np.where(old >= limit, old.dtype.type(0), old + old.dtype.type(1))
+
+
+def _wrap_down(old: np.ndarray, limit: np.ndarray) -> np.ndarray:
+    return np.where((old == 0) | (old > limit), limit, old - old.dtype.type(1))
+
+
+def _bfloat_add(old: np.ndarray, value: np.ndarray) -> np.ndarray:
+    from cuflash.emulator.numerics import bfloat, to_bfloat
+
+    return to_bfloat(bfloat(old) + bfloat(value))
+
+
+def _pair_add(t: str) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    from cuflash.emulator.numerics import bfloats, from_bfloats, from_halves, halves
+
+    if t == "f16x2":
+        return lambda old, value: from_halves(halves(old) + halves(value))
+    return lambda old, value: from_bfloats(bfloats(old) + bfloats(value))
+
+
+OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
+    "add": np.add,
+    "min": np.minimum,
+    "max": np.maximum,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "exch": lambda old, value: value,
+    "cas": lambda old, compare, value: np.where(old == compare, value, old),
+    "inc": _wrap_up,
+    "dec": _wrap_down,
+}
+
+
+def apply_atomic(view: np.ndarray, index: np.ndarray, operation: str, values: tuple, t: str) -> np.ndarray:
+    """Apply an operation at view[index[k]] for k = 0, 1, ... in this order; returns what each found there.
+
+    view : memory as one array of elements; index, values : (n,).
+    """
+    function = OPERATIONS[operation]
+    if t == "bf16":
+        function = _bfloat_add
+    elif t in ("f16x2", "bf16x2"):
+        function = _pair_add(t)
+    order = np.argsort(index, kind="stable")
+    places = index[order]
+    new_place = np.r_[True, places[1:] != places[:-1]]
+    starts = np.flatnonzero(new_place)
+    rank = np.arange(len(places)) - np.repeat(starts, np.diff(np.r_[starts, len(places)]))
+    found = np.empty(len(places), view.dtype)
+    sorted_values = tuple(v[order] for v in values)
+    by_rank = np.argsort(rank, kind="stable")
+    edges = np.searchsorted(rank[by_rank], np.arange(rank.max() + 2))
+    for begin, end in zip(edges[:-1], edges[1:], strict=True):  # the k-th lane at every place, all places together
+        turn = by_rank[begin:end]
+        old = view[places[turn]]
+        found[turn] = old
+        view[places[turn]] = function(old, *(v[turn] for v in sorted_values))
+    result = np.empty_like(found)
+    result[order] = found
+    return result

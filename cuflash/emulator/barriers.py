@@ -1,0 +1,81 @@
+"""Named barriers of the blocks of a batch: who has arrived, who waits, who is let go."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cuflash.emulator.arch import NAMED_BARRIERS
+from cuflash.emulator.faults import BarrierDivergence, Site
+
+if TYPE_CHECKING:
+    from cuflash.emulator.lanes import Lanes
+    from cuflash.emulator.machine import Machine
+
+
+class Barriers:
+    """State of sixteen barriers per block.
+
+    arrived : threads that have arrived; expected : threads to wait for (0: nobody came yet); members : warps among the arrived;
+    waiting : barrier that each warp waits at, or -1; site : where it waits.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        shape = (machine.blocks, NAMED_BARRIERS)
+        self.arrived = np.zeros(shape, np.int64)
+        self.expected = np.zeros(shape, np.int64)
+        self.members = np.zeros((*shape, machine.warps), bool)
+        self.waiting = np.full((machine.blocks, machine.warps), -1, np.int64)
+        self.sites: dict[tuple[int, int], Site] = {}
+
+    def arrive(self, lanes: Lanes, site: Site, number: np.ndarray, count: np.ndarray | None, wait: bool) -> bool:
+        """Warps arrive at a barrier; True when all of them may go on at once."""
+        machine = self.machine
+        every = machine.warps * 32
+        if count is None and wait and np.ndim(number) == 0 and lanes.blocks is None and lanes.warps is None and not self.arrived.any():
+            self._check_number(site, int(number))
+            machine.clocks.join(np.arange(machine.blocks), np.ones((machine.blocks, machine.warps), bool))
+            return True
+        shape = lanes.shape[:2]
+        rows, warps = (np.broadcast_to(x[:, :, 0], shape).reshape(-1) for x in (lanes.rows, lanes.warp))
+        numbers = np.broadcast_to(np.asarray(number).astype(np.int64), lanes.shape)[..., 0].reshape(-1)
+        expected = every if count is None else np.broadcast_to(np.asarray(count).astype(np.int64), lanes.shape)[..., 0].reshape(-1)
+        self._check_number(site, int(numbers.max()))
+        known = self.expected[rows, numbers]
+        wrong = (known != 0) & (known != expected) | (np.asarray(expected) % 32 != 0) | (np.asarray(expected) == 0)
+        if wrong.any():
+            raise self._wrong(lanes, site, wrong, f"barrier {numbers[wrong][0]} is used with different or odd thread counts")
+        self.expected[rows, numbers] = expected
+        np.add.at(self.arrived, (rows, numbers), 32)
+        over = self.arrived[rows, numbers] > expected
+        if over.any():
+            raise self._wrong(lanes, site, over, f"more threads arrive at barrier {numbers[over][0]} than it counts")
+        self.members[rows, numbers, warps] = True
+        if wait:
+            self.waiting[rows, warps] = numbers
+            for row, warp in zip(rows.tolist(), warps.tolist(), strict=True):
+                self.sites[row, warp] = site
+        complete = self.arrived[rows, numbers] == expected
+        for each in np.unique(numbers[complete]):
+            self._release(np.unique(rows[complete & (numbers == each)]), int(each))
+        return not (self.waiting >= 0).any()
+
+    def _release(self, rows: np.ndarray, number: int) -> None:
+        self.machine.clocks.join(rows, self.members[rows, number])
+        part = self.waiting[rows]
+        self.waiting[rows] = np.where(part == number, -1, part)
+        self.arrived[rows, number] = 0
+        self.expected[rows, number] = 0
+        self.members[rows, number] = False
+
+    @staticmethod
+    def _check_number(site: Site, number: int) -> None:
+        if not 0 <= number < NAMED_BARRIERS:
+            raise BarrierDivergence(f"barrier {number}: must be below {NAMED_BARRIERS}", site)
+
+    def _wrong(self, lanes: Lanes, site: Site, wrong: np.ndarray, message: str) -> BarrierDivergence:
+        warp = int(np.flatnonzero(wrong)[0])
+        block, thread = lanes.coordinates(32 * warp)
+        return BarrierDivergence(message, site, block, thread, 32 * int(wrong.sum()))

@@ -1,0 +1,96 @@
+"""Matrix instructions: ldmatrix, stmatrix, mma.sync, movmatrix."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cuflash.emulator.instructions.table import instruction
+from cuflash.emulator.ir import Imm, Instruction
+
+if TYPE_CHECKING:
+    from cuflash.emulator.translate import BlockBuilder, Modifiers
+
+
+@instruction("ldmatrix")
+def ldmatrix(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
+    m.one_of("sync")
+    m.one_of("aligned")
+    m.one_of("m8n8")
+    number = int(m.one_of("x1", "x2", "x4")[1])
+    transposed = m.flag("trans")
+    m.flag("shared", "shared::cta")
+    m.one_of("b16")
+    b.count_class("ldmatrix")
+    values = b.temporary(f"X.load_matrix({b.site()}, {b.address(i.operands[1], 'u4')}, {number}, {transposed})")
+    for k, target in enumerate(b.parts(i.operands[0])):
+        b.write(target, "u4", f"{values}[{k}]")
+
+
+@instruction("stmatrix")
+def stmatrix(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
+    m.one_of("sync")
+    m.one_of("aligned")
+    m.one_of("m8n8")
+    number = int(m.one_of("x1", "x2", "x4")[1])
+    transposed = m.flag("trans")
+    m.flag("shared", "shared::cta")
+    m.one_of("b16")
+    b.count_class("stmatrix")
+    values = "".join(f"{b.read(x, 'u4')}, " for x in b.parts(i.operands[1]))
+    b.emit(f"X.store_matrix({b.site()}, {b.address(i.operands[0], 'u4')}, {number}, {transposed}, ({values}))")
+
+
+@instruction("movmatrix")
+def movmatrix(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
+    for name in ("sync", "aligned", "m8n8", "trans", "b16"):
+        m.one_of(name)
+    b.count_class("move")
+    b.write(i.operands[0], "u4", f"transpose_matrix(X, {b.read(i.operands[1], 'u4')})")
+
+
+SHAPES = {"m16n8k8": (16, 8, 8), "m16n8k16": (16, 8, 16), "m16n8k4": (16, 8, 4), "m8n8k4": (8, 8, 4)}
+
+
+@instruction("mma")
+def mma(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
+    """D = A·B + C. Fragments are turned into float32 matrices once per block of code and reused."""
+    m.one_of("sync")
+    m.one_of("aligned")
+    shape = m.one_of(*SHAPES)
+    m.one_of("row")
+    m.one_of("col")
+    result, a_type, b_type, c_type = m.type(), m.type(), m.type(), m.type()
+    supported = {
+        ("f16", "m16n8k16"), ("f16", "m16n8k8"), ("bf16", "m16n8k16"), ("bf16", "m16n8k8"), ("tf32", "m16n8k8"), ("tf32", "m16n8k4"),
+        ("f64", "m8n8k4"), ("f64", "m16n8k4"), ("f64", "m16n8k8"), ("f64", "m16n8k16"),
+    }  # fmt: skip
+    accumulate = {"f64": ("f64",), "f16": ("f32", "f16")}.get(a_type, ("f32",))
+    if a_type != b_type or (a_type, shape) not in supported or result != c_type or result not in accumulate:
+        raise b.unsupported(f"mma.{shape} of {a_type}, {b_type}, {c_type} to {result} is not supported")
+    b.count_class(f"mma_{shape}_{a_type}")
+    rows, columns, depth = SHAPES[shape]
+    target, x, y, c = i.operands
+    kind = {"f64": "f8"}.get(a_type, "u4")
+    left = _fragment(b, "left", [b.read(v, kind) for v in b.parts(x)], a_type, rows, depth)
+    right = _fragment(b, "right", [b.read(v, kind) for v in b.parts(y)], a_type, columns, depth)
+    keep = {"f32": "f4", "f64": "f8", "f16": "u4"}[result]
+    start = "".join(f"{_accumulator(b, v, keep)}, " for v in b.parts(c))
+    name = "multiply_half" if result == "f16" else "multiply"
+    values = b.temporary(f"{name}(X, {left}, {right}, ({start}))")
+    for k, v in enumerate(b.parts(target)):
+        b.write(v, keep, f"{values}[{k}]")
+
+
+def _accumulator(b: BlockBuilder, operand: object, kind: str) -> str:
+    return b.read(operand, kind)  # type: ignore[arg-type]
+
+
+def _fragment(b: BlockBuilder, side: str, registers: list[str], t: str, rows: int, depth: int) -> str:
+    key = (side, t, *registers)
+    if key not in b.fragments:
+        b.fragments[key] = b.temporary(f"{side}_{t}(X, ({''.join(r + ', ' for r in registers)}), {rows}, {depth})")
+    return b.fragments[key]
+
+
+def is_constant_mask(operand: object) -> bool:
+    return isinstance(operand, Imm)

@@ -1,0 +1,161 @@
+"""Loads, stores, atomics and asynchronous copies."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cuflash.emulator.instructions.table import call_slots, instruction
+from cuflash.emulator.ir import KINDS, Imm, Instruction, Mem, Reg, Sym, bits
+
+if TYPE_CHECKING:
+    from cuflash.emulator.translate import BlockBuilder, Modifiers
+
+SCOPES = ("cta", "cluster", "gpu", "sys")
+HINTS = ("ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc")
+
+
+def _space(b: BlockBuilder, m: Modifiers) -> str:
+    for name in ("global", "shared", "shared::cta", "param", "param::entry", "param::func", "local", "const"):
+        if m.flag(name):
+            return name.partition("::")[0]
+    return "generic"
+
+
+def _hints(m: Modifiers) -> tuple[bool, bool]:
+    """Take ordering, scope and cache hints away; whether the access acquires or releases, and whether a cache policy follows."""
+    ordered = m.flag("acquire", "release", "acq_rel")
+    m.flag("volatile", "relaxed", "weak", "mmio")
+    m.flag(*SCOPES)
+    policy = False
+    for name in list(m.rest):
+        if name in HINTS or name.startswith(("L1::", "L2::")):
+            m.rest.remove(name)
+            policy |= name == "L2::cache_hint"
+    return ordered, policy
+
+
+def _address(b: BlockBuilder, place: Mem, space: str) -> str:
+    return b.address(place, "u4" if space in ("shared", "param", "local") else "u8")
+
+
+@instruction("ld", "ldu")
+def ld(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
+    space = _space(b, m)
+    ordered, _ = _hints(m)
+    count = int((m.option("v2", "v4", "v8") or "v1")[1])
+    kind = KINDS[m.type()]
+    targets = b.parts(i.operands[0])
+    place = i.operands[1]
+    if slots := call_slots(i, b.registers):
+        for target, slot in zip(targets, slots, strict=True):
+            b.write(target, kind, b.read_register(slot, kind))
+        return
+    b.count_class(f"load_{space}")
+    if space == "param" and isinstance(place, Mem) and isinstance(place.base, Sym) and place.base.name in b.symbols:
+        start = b.symbols[place.base.name] + place.base.offset + place.offset
+        for k, target in enumerate(targets):
+            b.write(target, kind, f"P.value({start + k * bits(kind)}, {kind.upper()})")
+        return
+    address = _address(b, place, space)
+    b.access(space, bits(kind) * count)
+    values = b.temporary(f"X.load_{space}({b.site()}, {address}, {b.mask()}, {kind.upper()}, {count})")
+    if ordered:
+        b.emit("X.acquire()")
+    for k, target in enumerate(targets):
+        b.write(target, kind, f"{values}[{k}]")
+
+
+@instruction("st")
+def st(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
+    space = _space(b, m)
+    ordered, _ = _hints(m)
+    count = int((m.option("v2", "v4", "v8") or "v1")[1])
+    kind = KINDS[m.type()]
+    sources = b.parts(i.operands[1])
+    if slots := call_slots(i, b.registers):
+        for source, slot in zip(sources, slots, strict=True):
+            b.write(Reg(slot), f"u{bits(kind)}", b.read(source, f"u{bits(kind)}"))
+        return
+    if len(sources) != count:
+        raise ValueError(f"{count} values are needed")
+    b.count_class(f"store_{space}")
+    address = _address(b, i.operands[0], space)
+    b.access(space, bits(kind) * count)
+    values = "".join(f"{b.read(x, kind)}, " for x in sources)
+    if ordered:
+        b.emit("X.release()")
+    b.emit(f"X.store_{space}({b.site()}, {address}, {b.mask()}, {kind.upper()}, ({values}))")
+
+
+@instruction("atom", "red")
+def atom(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
+    """Atomic read-modify-write; red is atom without a result."""
+    space = _space(b, m)
+    ordered, _ = _hints(m)
+    m.flag("noftz")
+    operation = m.one_of("add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec")
+    count = int((m.option("v2", "v4") or "v1")[1])
+    t = m.type()
+    if t in ("f16", "bf16", "bf16x2", "f16x2") and operation != "add" or count != 1:
+        raise b.unsupported(f"{i.opcode}.{operation}.{t} is not supported")
+    b.count_class(f"atomic_{space}")
+    operands = list(i.operands)
+    target = operands.pop(0) if i.opcode == "atom" else None
+    kind = KINDS[t]
+    address = _address(b, operands[0], space)
+    b.access(space, bits(kind))
+    values = "".join(f"{b.read(x, kind)}, " for x in operands[1 : 3 if operation == "cas" else 2])
+    if ordered:
+        b.emit("X.release()")
+    result = b.temporary(
+        f"X.atomic_{space}({b.site()}, {address}, {b.mask()}, {kind.upper()}, {operation!r}, ({values}), {t!r})"
+    )
+    if ordered:
+        b.emit("X.acquire()")
+    if target is not None:
+        b.write(target, kind, result)
+
+
+@instruction("cp")
+def cp(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
+    """cp.async and its groups."""
+    m.one_of("async")
+    if m.flag("commit_group"):
+        b.count_class("async_group")
+        b.emit(f"X.copies.commit(X, {b.mask()})")
+        return
+    if m.flag("wait_group"):
+        b.count_class("async_group")
+        if not isinstance(i.operands[0], Imm):
+            raise b.unsupported("cp.async.wait_group needs a constant")
+        b.emit(f"X.copies.wait(X, {i.operands[0].value}, {b.mask()})")
+        return
+    if m.flag("wait_all"):
+        b.count_class("async_group")
+        b.emit(f"X.copies.wait(X, None, {b.mask()})")
+        return
+    m.one_of("ca", "cg")
+    m.one_of("shared", "shared::cta")
+    m.one_of("global")
+    _, policy = _hints(m)
+    b.count_class("async_copy")
+    target, source, size, *rest = i.operands
+    if not isinstance(size, Imm) or size.value not in (4, 8, 16):
+        raise b.unsupported("cp.async copies 4, 8 or 16 bytes")
+    if policy:
+        rest.pop()
+    length = str(size.value)
+    if rest and isinstance(rest[0], Reg) and b.registers.get(rest[0].name) == "p":
+        length = b.temporary(f"choose({b.predicate(rest[0])}, {b.constant(0, 'u4')}, {b.constant(size.value, 'u4')})")
+    elif rest:
+        length = str(rest[0].value) if isinstance(rest[0], Imm) else b.read(rest[0], "u4")
+    b.access("shared", size.value)
+    shared, outside = b.address(target, "u4"), b.address(source, "u8")
+    b.emit(f"X.copies.issue(X, {b.site()}, {shared}, {outside}, {size.value}, {length}, {b.mask()})")
+
+
+@instruction("prefetch", "prefetchu", "applypriority", "discard")
+def prefetch(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
+    """Hints to the caches have no effect here."""
+    m.rest.clear()
+    b.count_class("hint")

@@ -1,0 +1,110 @@
+"""Barriers, fences, and what lanes of a warp tell each other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cuflash.emulator.instructions.table import instruction
+from cuflash.emulator.ir import KINDS, Instruction, Pair, Reg
+
+if TYPE_CHECKING:
+    from cuflash.emulator.translate import BlockBuilder, Modifiers
+
+
+@instruction("bar", "barrier")
+def warp_barrier(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
+    """bar.warp.sync; the other barriers end a block and belong to the scheduler."""
+    m.one_of("warp")
+    m.one_of("sync")
+    b.count_class("warp_barrier")
+    b.emit("X.order_warps()")
+
+
+@instruction("membar", "fence")
+def fence(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
+    if m.flag("proxy"):
+        raise b.unsupported("fence.proxy is not supported")
+    scope = m.option("cta", "gl", "gpu", "sys", "cluster", default="gpu")
+    m.flag("sc", "acq_rel", "acquire", "release")
+    b.count_class("fence")
+    if scope != "cta":
+        b.emit("X.release()")
+        b.emit("X.acquire()")
+
+
+@instruction("shfl")
+def shfl(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
+    m.one_of("sync")
+    mode = m.one_of("up", "down", "bfly", "idx")
+    m.one_of("b32")
+    b.count_class("shuffle")
+    b.emit("X.order_warps()")
+    value, lane, clamp = (b.read(x, "u4") for x in i.operands[1:4])
+    target = i.operands[0]
+    result = b.temporary(f"X.shuffle({b.site()}, {mode!r}, {value}, {lane}, {clamp})")
+    if isinstance(target, Pair):
+        b.write(target.second, "p", f"{result}[1]")
+        target = target.first
+    b.write(target, "u4", f"{result}[0]")
+
+
+@instruction("vote")
+def vote(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
+    m.one_of("sync")
+    mode = m.one_of("all", "any", "uni", "ballot")
+    kind = KINDS[m.type()]
+    b.count_class("vote")
+    b.emit("X.order_warps()")
+    source = i.operands[1]
+    predicate = b.predicate(source) if isinstance(source, Reg) else b.read(source, "p")
+    b.write(i.operands[0], kind, f"X.vote({mode!r}, {predicate})")
+
+
+@instruction("match")
+def match(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
+    mode = m.one_of("any", "all")
+    m.one_of("sync")
+    kind = KINDS[m.type()]
+    b.count_class("vote")
+    b.emit("X.order_warps()")
+    result = b.temporary(f"X.match({mode!r}, {b.read(i.operands[1], kind)})")
+    target = i.operands[0]
+    if isinstance(target, Pair):
+        b.write(target.second, "p", f"{result}[1]")
+        target = target.first
+    b.write(target, "u4", f"{result}[0]")
+
+
+@instruction("redux")
+def redux(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
+    m.one_of("sync")
+    mode = m.one_of("add", "min", "max", "and", "or", "xor")
+    kind = KINDS[m.type()]
+    b.count_class("shuffle")
+    b.emit("X.order_warps()")
+    b.write(i.operands[0], kind, f"X.reduce({mode!r}, {b.read(i.operands[1], kind)})")
+
+
+@instruction("activemask")
+def activemask(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
+    m.one_of("b32")
+    b.count_class("vote")
+    b.write(i.operands[0], "u4", "X.active_mask()")
+
+
+@instruction("elect")
+def elect(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
+    m.one_of("sync")
+    b.count_class("vote")
+    target = i.operands[0]
+    if not isinstance(target, Pair):
+        raise ValueError("two destinations are needed")
+    b.write(target.second, "p", "X.elect()")
+    b.write(target.first, "u4", "X.elected()")
+
+
+@instruction("nanosleep", "griddepcontrol", "pmevent")
+def nothing(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
+    """Instructions that only affect timing."""
+    m.rest.clear()
+    b.count_class("hint")

@@ -1,0 +1,85 @@
+"""The table that handlers register in, and which registers an instruction reads and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from cuflash.emulator.ir import KINDS, Args, Instruction, Mem, Operand, Pair, Reg, Sym, Vec, bits
+
+if TYPE_CHECKING:
+    from cuflash.emulator.translate import BlockBuilder, Modifiers
+
+Handler = Callable[["BlockBuilder", Instruction, "Modifiers"], None]
+TABLE: dict[str, Handler] = {}
+
+# Instructions whose first operand is not a destination.
+NO_RESULT = {"st", "red", "cp", "bar", "barrier", "membar", "fence", "prefetch", "prefetchu", "discard", "applypriority",
+             "stmatrix", "nanosleep", "griddepcontrol", "pmevent", "brkpt"}  # fmt: skip
+
+
+def instruction(*opcodes: str) -> Callable[[Handler], Handler]:
+    """Register a handler for opcodes."""
+
+    def register(handler: Handler) -> Handler:
+        for opcode in opcodes:
+            TABLE[opcode] = handler
+        return handler
+
+    return register
+
+
+def operands_of(item: Instruction, registers: dict[str, str]) -> tuple[list[str], list[str]]:
+    """Names of the registers that an instruction writes and reads, apart from its guard."""
+    operands = item.operands
+    if item.opcode in ("ld", "st") and (slots := call_slots(item, registers)):
+        value = list(names_in(operands[0] if item.opcode == "ld" else operands[1], registers))
+        return (value, slots) if item.opcode == "ld" else (slots, value)
+    results = 0 if item.opcode in NO_RESULT else 1
+    written = [name for x in operands[:results] for name in names_in(x, registers)]
+    read = [name for x in operands[results:] for name in names_in(x, registers)]
+    if operands and results and isinstance(operands[0], Mem):
+        written, read = [], [*written, *read]
+    if item.opcode in CARRY_READERS:
+        read = [*read, CARRY]
+    if "cc" in item.modifiers:
+        written = [*written, CARRY]
+    return written, read
+
+
+CARRY = "%carry:u4"  # the condition code register of add.cc, addc, ...
+CARRY_READERS = {"addc", "subc", "madc"}
+
+
+def names_in(operand: Operand, registers: dict[str, str]) -> Iterator[str]:
+    """Register names inside an operand."""
+    if isinstance(operand, (Reg, Sym)):
+        if operand.name in registers:
+            yield operand.name
+    elif isinstance(operand, Mem):
+        if operand.base is not None:
+            yield from names_in(operand.base, registers)
+    elif isinstance(operand, (Vec, Args)):
+        for item in operand.items:
+            yield from names_in(item, registers)
+    elif isinstance(operand, Pair):
+        yield from names_in(operand.first, registers)
+        yield from names_in(operand.second, registers)
+
+
+def call_slots(item: Instruction, registers: dict[str, str]) -> list[str]:
+    """Registers that stand for the parameters of an inlined call, one per element of a ld.param or st.param; none for a kernel's."""
+    place = item.operands[1 if item.opcode == "ld" else 0]
+    if "param" not in item.modifiers or not isinstance(place, Mem) or not isinstance(place.base, Sym):
+        return []
+    if place.base.name in registers or not is_call_parameter(place.base.name):
+        return []
+    kind = next(KINDS[m] for m in item.modifiers if m in KINDS)
+    count = next((int(m[1]) for m in item.modifiers if m in ("v2", "v4")), 1)
+    start = place.base.offset + place.offset
+    return [f"{place.base.name}+{start + k * bits(kind)}:u{bits(kind)}" for k in range(count)]
+
+
+def is_call_parameter(name: str) -> bool:
+    """A .param variable of a call: declared in a scope inside the caller's body, so it carries a scope mark."""
+    return "@" in name

@@ -1,0 +1,323 @@
+"""A batch of blocks in execution: its registers and memory, and the scheduler that decides which lanes run next.
+
+Every lane has a program counter (the number of a basic block of code). Normally the lowest one in the whole batch runs next, so lanes that
+parted meet again as early as they can; now and then the warp that has waited longest runs instead, so that a loop that waits for another
+warp cannot starve it. With a random order, single warps run ahead until they must wait.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cuflash.emulator.barriers import Barriers
+from cuflash.emulator.copies import CopyQueue
+from cuflash.emulator.faults import BarrierDivergence, Deadlock, EmulatorFault, Site, Trap
+from cuflash.emulator.flow import EXIT
+from cuflash.emulator.ir import Reg
+from cuflash.emulator.lanes import Lanes
+from cuflash.emulator.memory import GlobalMemory, LocalMemory, Parameters
+from cuflash.emulator.races import Clocks, GlobalWriters, SharedHistory
+from cuflash.emulator.report import Counters
+from cuflash.emulator.shared import SharedMemory
+from cuflash.emulator.translate import Code, Translation
+
+ABSENT = EXIT + 1  # program counter of lanes past the end of the block
+FAIR_EVERY = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What all batches of a launch share."""
+
+    translation: Translation
+    symbols: dict[str, np.uint64]
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    parameters: Parameters
+    memory: GlobalMemory
+    writers: GlobalWriters
+    counters: Counters
+    static_shared: int
+    dynamic_shared: int
+    local_size: int
+    check_races: bool
+    late_copies: bool
+    warp_order: int | None
+
+
+class Machine:
+    """Blocks [first, first + count) of a launch."""
+
+    def __init__(self, launch: Launch, first: int, count: int) -> None:
+        self.launch, self.first_block, self.blocks = launch, first, count
+        self.grid, self.block = launch.grid, launch.block
+        threads = self.block[0] * self.block[1] * self.block[2]
+        self.warps = -(-threads // 32)
+        self.translation, self.sites = launch.translation, launch.translation.sites
+        self.memory, self.writers, self.counters, self.parameters = launch.memory, launch.writers, launch.counters, launch.parameters
+        self.dynamic_shared, self.ticks = launch.dynamic_shared, 0
+        index = np.arange(first, first + count, dtype=np.uint32)
+        x, y, _ = self.grid
+        self.ctaid = (index % x, index // x % y, index // (x * y))
+        self.clocks = Clocks(count, self.warps)
+        self.shared = SharedMemory(launch.static_shared + launch.dynamic_shared, count)
+        self.shared.history = SharedHistory(
+            self.clocks, count, self.warps, self.shared.stride, launch.translation.shared_granule, launch.check_races
+        )
+        self.local = LocalMemory(launch.local_size, count * self.warps * 32)
+        self.copies = CopyQueue(self, launch.late_copies)
+        self.barriers = Barriers(self)
+        zeros = {kind: np.zeros((), "?" if kind == "p" else kind) for kind in set(self.translation.kinds)}
+        self.registers: list = [zeros[kind] for kind in self.translation.kinds]
+        self.owned = [False] * len(self.registers)
+        self.present = np.broadcast_to(np.arange(self.warps * 32).reshape(1, -1, 32) < threads, (count, self.warps, 32))
+        self.all_present = threads == self.warps * 32
+        self.whole = Lanes(self, mask=None if self.all_present else self.present)
+        self.uniform: int | None = 0
+        self.pc = np.where(self.present, 0, ABSENT)
+        self.last_run = np.zeros((count, self.warps), np.int64)
+        self.steps = 0
+        self.random = None if launch.warp_order is None else np.random.default_rng((launch.warp_order, first))
+        self.priority = np.zeros((count, self.warps))
+
+    # --- coordinates
+
+    def grid_coordinates(self, linear: int) -> tuple[int, int, int]:
+        x, y, _ = self.grid
+        return int(linear % x), int(linear // x % y), int(linear // (x * y))
+
+    def block_coordinates(self, slot: int) -> tuple[int, int, int]:
+        return self.grid_coordinates(self.first_block + slot)
+
+    def thread_coordinates(self, tid: int) -> tuple[int, int, int]:
+        x, y, _ = self.block
+        return tid % x, tid // x % y, tid // (x * y)
+
+    # --- running
+
+    def run(self) -> None:
+        """Run every thread to its end."""
+        with np.errstate(all="ignore"):
+            if self.random is not None:
+                self._part()
+            while True:
+                if self.uniform is not None:
+                    if self.uniform == EXIT:
+                        return
+                    code, lanes = self.translation.codes[self.uniform], self.whole
+                    self._advance(code, lanes, self._execute(code, lanes))
+                elif not self._step():
+                    return
+
+    def _execute(self, code: Code, lanes: Lanes) -> tuple:
+        registers = self.registers
+        if lanes is self.whole:
+            result = code.function(lanes, self.parameters, *[registers[k] for k in code.ins])
+            if lanes.mask is None:
+                for k in code.exposed:
+                    self.owned[k] = False
+        else:
+            result = code.function(lanes, self.parameters, *[lanes.get(registers[k]) for k in code.ins])
+        for k, value in zip(code.outs, result, strict=False):
+            lanes.put(registers, self.owned, k, value)
+        self.counters.executed(code, lanes)
+        return result[len(code.outs) :]
+
+    def _advance(self, code: Code, lanes: Lanes, extra: tuple) -> None:
+        """Move the lanes on to where the block's end sends them."""
+        end = code.block.end
+        if end.kind == "jump":
+            self._goto(lanes, end.targets[0])
+        elif end.kind == "exit":
+            self._goto(lanes, EXIT)
+        elif end.kind == "branch":
+            taken = extra[0]
+            if np.ndim(taken) == 0 or taken.size == 1:
+                self._goto(lanes, end.targets[0 if np.all(taken) else 1])
+            elif taken.all() if lanes.mask is None else (taken | ~lanes.mask).all():
+                self._goto(lanes, end.targets[0])
+            elif not (taken.any() if lanes.mask is None else (taken & lanes.mask).any()):
+                self._goto(lanes, end.targets[1])
+            else:
+                self._goto(lanes, np.where(taken, end.targets[0], end.targets[1]))
+        elif end.kind == "switch":
+            targets = np.array(end.targets)
+            index = np.asarray(extra[0]).astype(np.int64)
+            self._goto(lanes, targets[np.minimum(index, len(targets) - 1)])
+        elif end.kind == "barrier":
+            self._barrier(code, lanes, extra[0])
+        else:
+            bad = np.ones(lanes.shape, bool) if lanes.mask is None else lanes.mask
+            block, thread = lanes.coordinates(int(np.flatnonzero(bad.reshape(-1))[0]))
+            raise Trap("trap", self._end_site(code), block, thread, int(bad.sum()))
+
+    def _barrier(self, code: Code, lanes: Lanes, operands: tuple) -> None:
+        site = self._end_site(code)
+        modifiers = code.block.end.instruction.modifiers  # type: ignore[union-attr]
+        self._goto(lanes, code.block.end.targets[0])
+        number, count = operands[0], operands[1] if len(operands) > 1 else None
+        if not self.barriers.arrive(lanes, site, number, count, "arrive" not in modifiers):
+            self._part()
+
+    def _end_site(self, code: Code) -> Site:
+        return code.block.end.instruction.site  # type: ignore[union-attr]
+
+    def _part(self) -> None:
+        """From one program counter for all to one per lane."""
+        if self.uniform is not None:
+            self.pc = np.where(self.present, self.uniform, ABSENT)
+            self.uniform = None
+
+    def _goto(self, lanes: Lanes, target: int | np.ndarray) -> None:
+        if lanes is self.whole and self.uniform is not None:
+            if isinstance(target, (int, np.integer)) or target.size == 1:
+                self.uniform = int(np.reshape(target, ())) if not isinstance(target, int) else target
+                return
+            self._part()
+        if lanes.blocks is not None:
+            where: object = lanes.blocks
+            shape: tuple[int, ...] = lanes.shape
+        elif lanes.warps is not None:
+            where, shape = lanes.warps, (lanes.shape[0], 32)
+            target = np.broadcast_to(target, lanes.shape)[:, 0, :]
+        else:
+            where, shape = ..., lanes.shape
+        if lanes.mask is None:
+            self.pc[where] = target
+        else:
+            self.pc[where] = np.where(lanes.mask.reshape(shape), target, self.pc[where])
+
+    # --- scheduling
+
+    def _step(self) -> bool:
+        """Choose lanes, run them for one block of code; False when nobody is left."""
+        self.steps += 1
+        first = self.pc[0, 0, 0]
+        idle = (self.barriers.waiting >= 0)[:, :, None]
+        if self.random is None and not idle.any() and ((self.pc == first) | (self.pc == ABSENT)).all():
+            self.uniform = int(first)
+            return True
+        ready = np.where(idle, EXIT, self.pc)
+        blocked = np.zeros(self.last_run.shape, bool)
+        pool = np.ones(self.last_run.shape, bool) if self.random is None else self._favourites(ready, blocked)
+        while True:
+            candidates = np.where(pool[:, :, None], ready, EXIT)
+            target = self._choose(candidates)
+            if target >= EXIT:
+                if self.random is not None and not (blocked | (ready >= EXIT).all(-1)).all():
+                    pool = self._favourites(ready, blocked)
+                    continue
+                if (self.pc >= EXIT).all():
+                    return False
+                raise self._stuck()
+            here = candidates == target
+            gather = self.translation.codes[target].block.gather
+            if gather is not None:
+                short = self._short_of(target, here, gather)
+                if short.any():
+                    ready = np.where(short[:, :, None] & here, EXIT, ready)
+                    blocked |= short & (ready >= EXIT).all(-1)
+                    here &= ~short[:, :, None]
+                    if not here.any():
+                        continue
+            lanes = self._select(here)
+            self.last_run[here.any(-1)] = self.steps
+            code = self.translation.codes[target]
+            self._advance(code, lanes, self._execute(code, lanes))
+            return True
+
+    def _choose(self, candidates: np.ndarray) -> int:
+        if self.steps % FAIR_EVERY:
+            return int(candidates.min())
+        lowest = candidates.min(-1)
+        waited = np.where(lowest < EXIT, self.last_run, np.iinfo(np.int64).max)
+        return int(lowest.reshape(-1)[waited.argmin()])
+
+    def _favourites(self, ready: np.ndarray, blocked: np.ndarray) -> np.ndarray:
+        """One warp per block: of those that can run, the one whose turn the dice say it is."""
+        if self.random is not None and self.steps % 32 == 1:
+            self.priority = self.random.random(self.last_run.shape)
+        able = (ready < EXIT).any(-1) & ~blocked
+        best = np.where(able, self.priority, -1).argmax(1)
+        pool = np.zeros_like(able)
+        pool[np.arange(len(best)), best] = True
+        return pool & able
+
+    def _short_of(self, target: int, here: np.ndarray, gather: object) -> np.ndarray:
+        """Warps (blocks, warps) that have not gathered the lanes which the code at `target` needs."""
+        if isinstance(gather, str):
+            needed = self.present
+        else:
+            if isinstance(gather, Reg):
+                names = self.translation.names
+                members = self.registers[names[gather.name]]
+            else:
+                members = np.array(gather.value % (1 << 32), np.uint32)  # type: ignore[attr-defined]
+            members = np.broadcast_to(np.asarray(members).view(np.uint32), here.shape)
+            bits = (members[..., :, None] >> np.arange(32, dtype=np.uint32)) & 1
+            needed = (bits.astype(bool) & here[..., :, None]).any(-2) & self.present
+        short = (needed & ~here).any(-1) & here.any(-1)
+        gone = needed & (self.pc == EXIT) & short[:, :, None]
+        others = needed & ~here & (self.pc < EXIT)
+        lost = gone.any(-1) & ~others.any(-1)
+        if lost.any():
+            raise self._diverged(lost, here, target, "some lanes of the warp have exited")
+        return short
+
+    def _select(self, here: np.ndarray) -> Lanes:
+        warps = here.any(-1)
+        if warps.all():
+            if here.all() or (not self.all_present and (here == self.present).all()):
+                return self.whole
+            return Lanes(self, mask=here)
+        rows = warps.any(1)
+        if (warps == rows[:, None]).all():
+            slots = np.flatnonzero(rows)
+            part = here[slots]
+            return Lanes(self, blocks=slots, mask=None if part.all() else part)
+        slots, numbers = np.nonzero(warps)
+        part = here[slots, numbers][:, None, :]
+        return Lanes(self, warps=(slots, numbers), mask=None if part.all() else part)
+
+    # --- when nothing can run
+
+    def _diverged(self, warps: np.ndarray, here: np.ndarray, target: int, why: str) -> EmulatorFault:
+        slot, warp = (int(x[0]) for x in np.nonzero(warps))
+        block = self.translation.codes[target].block
+        item = block.body[0] if block.body else block.end.instruction
+        lane = int(np.flatnonzero(here[slot, warp])[0])
+        return BarrierDivergence(
+            f"{item.opcode if item else 'the instruction'} needs the whole warp, but {why}",
+            item.site if item else None,
+            self.block_coordinates(slot),
+            self.thread_coordinates(32 * warp + lane),
+            int(here[warps].sum()),
+        )
+
+    def _stuck(self) -> EmulatorFault:
+        """Why nothing can run: a warp whose lanes wait at different places, a barrier that exited threads will not reach, or a deadlock."""
+        live = (self.pc < EXIT) & (self.barriers.waiting < 0)[:, :, None]
+        for slot, warp in zip(*np.nonzero(live.any(-1)), strict=True):
+            places = np.unique(self.pc[slot, warp][self.pc[slot, warp] < EXIT])
+            target = int(places[0])
+            here = np.zeros_like(live)
+            here[slot, warp] = self.pc[slot, warp] == target
+            picked = np.zeros(live.shape[:2], bool)
+            picked[slot, warp] = True
+            return self._diverged(picked, here, target, f"its lanes wait at {len(places)} different places")
+        waiting = self.barriers.waiting
+        slot, warp = (int(x[0]) for x in np.nonzero(waiting >= 0))
+        number = int(waiting[slot, warp])
+        site = self.barriers.sites[slot, warp]
+        arrived, expected = self.barriers.arrived[slot, number], self.barriers.expected[slot, number]
+        where = self.block_coordinates(slot), self.thread_coordinates(32 * warp), 32 * int((waiting >= 0).sum())
+        if (self.pc[slot] == EXIT).any():
+            message = f"barrier {number} waits for {expected} threads, {arrived} arrived, and others have exited"
+            return BarrierDivergence(message, site, *where)
+        lines = {}
+        for other in np.flatnonzero(waiting[slot] >= 0):
+            lines.setdefault(str(self.barriers.sites[slot, int(other)]), []).append(int(other))
+        text = "; ".join(f"warps {', '.join(map(str, warps))} wait at {place}" for place, warps in lines.items())
+        return Deadlock(f"no thread can run: barrier {number} waits for {expected} threads, {arrived} arrived; {text}", site, *where)

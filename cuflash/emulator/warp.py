@@ -1,0 +1,105 @@
+"""What the lanes of a warp do together: shuffles, votes, matches, reductions. Arrays broadcast to (..., 32)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from cuflash.emulator.machine import Machine
+
+LANES = np.arange(32)
+BITS = np.uint32(1) << np.arange(32, dtype=np.uint32)
+
+
+class WarpOperations:
+    """Methods of lanes.Lanes; `shape` and `mask` are its fields."""
+
+    machine: Machine
+    shape: tuple[int, int, int]
+    mask: np.ndarray | None
+
+    def shuffle(self, site: int, mode: str, value: np.ndarray, lane: np.ndarray, clamp: np.ndarray) -> tuple:
+        """shfl.sync: the value of another lane, and whether that lane is in range (PTX ISA, shfl.sync)."""
+        offset, limit = np.asarray(lane).astype(np.int64) & 31, np.asarray(clamp).astype(np.int64)
+        segment, limit = limit >> 8 & 31, limit & 31
+        first = LANES & segment
+        last = first | (limit & ~segment)
+        if mode == "up":
+            source = LANES - offset
+            valid = source >= last
+        else:
+            source = {"down": LANES + offset, "bfly": LANES ^ offset, "idx": first | (offset & ~segment)}[mode]
+            valid = source <= last
+        source = np.where(valid, source, LANES)
+        if np.ndim(value) == 0 or value.shape[-1] == 1:
+            return value, valid.reshape((1,) * (3 - valid.ndim) + valid.shape)
+        if source.ndim == 1 or source.size == 32:
+            return value.take(source.reshape(-1), axis=-1), valid.reshape(1, 1, 32)
+        return np.take_along_axis(np.broadcast_to(value, self.shape), np.broadcast_to(source, self.shape), -1), valid
+
+    def vote(self, mode: str, predicate: np.ndarray) -> np.ndarray:
+        """vote.sync over the lanes that are here."""
+        votes = np.broadcast_to(predicate, self.shape)
+        here = True if self.mask is None else self.mask
+        if mode == "any":
+            return (votes & here).any(-1, keepdims=True)
+        if mode == "all":
+            return (votes | ~np.asarray(here)).all(-1, keepdims=True)
+        if mode == "uni":
+            return (votes | ~np.asarray(here)).all(-1, keepdims=True) | ~(votes & here).any(-1, keepdims=True)
+        return self._ballot(votes & here)
+
+    def active_mask(self) -> np.ndarray:
+        """The lanes that are here, as bits."""
+        return self._ballot(np.ones(self.shape, bool) if self.mask is None else self.mask)
+
+    def elect(self) -> np.ndarray:
+        """True in the lowest lane that is here."""
+        return self.elected() == LANES.astype(np.uint32)
+
+    def elected(self) -> np.ndarray:
+        """The number of the lowest lane that is here."""
+        here = np.ones(self.shape, bool) if self.mask is None else self.mask
+        return here.argmax(-1)[..., None].astype(np.uint32)
+
+    def match(self, mode: str, value: np.ndarray) -> tuple:
+        """match.sync: the lanes that hold the same value; for "all" also whether every lane does."""
+        values = np.broadcast_to(value, self.shape)
+        here = np.ones(self.shape, bool) if self.mask is None else self.mask
+        same = (values[..., :, None] == values[..., None, :]) & here[..., None, :]
+        masks = (same * BITS).sum(-1, dtype=np.uint32)
+        if mode == "any":
+            return (masks,)
+        everyone = self._ballot(here)
+        agree = masks == everyone
+        return np.where(agree, everyone, np.uint32(0)), agree
+
+    def reduce(self, mode: str, value: np.ndarray) -> np.ndarray:
+        """redux.sync over the lanes that are here."""
+        values = np.broadcast_to(value, self.shape)
+        dtype = values.dtype
+        ufunc = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
+        if self.mask is not None:
+            limits = np.iinfo(dtype)
+            neutral = {"min": limits.max, "max": limits.min, "and": dtype.type(0) if dtype.kind == "i" else limits.max}.get(mode, 0)
+            neutral = ~dtype.type(0) if mode == "and" else dtype.type(neutral)
+            values = np.where(self.mask, values, neutral)
+        return ufunc[mode].reduce(values, axis=-1, keepdims=True, dtype=dtype)
+
+    def order_warps(self) -> None:
+        """A warp-wide synchronisation: what lanes of a warp did before is ordered before what they do next."""
+        self.machine.clocks.order_lanes(self)
+
+    def release(self) -> None:
+        """A release or fence at device scope."""
+        self.machine.writers.release(self)
+
+    def acquire(self) -> None:
+        """An acquire or fence at device scope."""
+        self.machine.writers.acquire(self)
+
+    @staticmethod
+    def _ballot(votes: np.ndarray) -> np.ndarray:
+        return (votes * BITS).sum(-1, keepdims=True, dtype=np.uint32)
