@@ -6,11 +6,14 @@ import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import TypeVar
 
 from cuflash.jit.build import Resources, Unit, resources
 
+Config = TypeVar("Config", bound=Unit)
 
-def compile_all(jobs: Sequence[tuple[Unit, str]]) -> Iterator[tuple[Unit, str, Resources]]:
+
+def compile_all(jobs: Sequence[tuple[Config, str]]) -> Iterator[tuple[Config, str, Resources]]:
     """Bring every (configuration, architecture) into the cache; yield each with its resources as it is done.
 
     Raises what `compile_cubin` raises, at the first job that fails; jobs not yet begun are dropped.

@@ -1,0 +1,135 @@
+"""Writes docs/resources.md: registers, shared memory and spills of every shipped kernel on every architecture.
+
+    python docs/make_resources.py
+
+Compiles what the cache lacks, one process per core: minutes the first time. Exits with 1 where a kernel spills.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.progress import track
+
+from cuflash.jit import Resources
+from cuflash.jit.ahead import compile_all
+from cuflash.jit.compiler import compiler_version
+from cuflash.plan.arch import ARCHS
+from cuflash.plan.config import CombineConfig, ForwardConfig, KernelConfig
+from cuflash.plan.cost import shared_bytes
+from cuflash.plan.shipped import shipped_configs
+
+TARGET = Path(__file__).with_name("resources.md")
+
+Row = tuple[str, ...]  # the cells that do not need a compiler
+Measured = dict[Row, dict[str, Resources]]  # by architecture
+
+FORWARD_HEAD = ("head_dim", "features", "tile", "warps", "stages", "Q in registers", "shared KiB")
+COMBINE_HEAD = ("head_dim", "states", "warps")
+
+TEXT = """\
+# What the kernels use
+
+Written by `python docs/make_resources.py`; a test fails when a shipped kernel spills or is missing here.
+
+Every configuration that the plan chooses for the common problems (`cuflash.plan.shipped`), compiled for {archs}
+by NVRTC {version}: {count} kernels, {spills}. The numbers under the architectures are registers of a thread, the larger
+of float16 and bfloat16; a dash says that the plan chooses another tile there. Tiles are queries x keys x output
+columns; shared memory is dynamic, per block.
+
+## Forward
+
+{forward}
+
+## Combine
+
+{combine}
+"""
+
+
+def row(config: KernelConfig) -> Row:
+    """What identifies a kernel in the tables; both dtypes share a row."""
+    if isinstance(config, CombineConfig):
+        states = "float32" if config.state_dtype == "float32" else "as the output"
+        return str(config.head_dim_v), states, str(config.num_warps)
+    features = {
+        "bias": config.bias_dtype != "none",
+        "window": config.windowed,
+        "softcap": config.softcapped,
+        "varlen": config.varlen,
+        "split": config.split,
+    }
+    return (
+        str(config.head_dim),
+        ", ".join(name for name, present in features.items() if present) or "plain",
+        f"{config.block_m} x {config.block_n} x {config.block_dv}",
+        str(config.num_warps),
+        str(config.num_stages),
+        "yes" if config.q_in_registers else "no",
+        f"{shared_bytes(config) / 1024:g}",
+    )
+
+
+def jobs() -> list[tuple[KernelConfig, str]]:
+    return [(config, arch) for arch in ARCHS for config in shipped_configs(arch)]
+
+
+def document(done: list[tuple[KernelConfig, str, Resources]]) -> str:
+    """The text of resources.md."""
+    forward: Measured = {}
+    combine: Measured = {}
+    for config, arch, used in done:
+        cell = (forward if isinstance(config, ForwardConfig) else combine).setdefault(row(config), {})
+        cell[arch] = max(cell.get(arch, used), used, key=lambda resources: (spills(resources), resources.registers))
+    spilling = sum(spills(used) > 0 for _, _, used in done)
+    return TEXT.format(
+        archs=", ".join(ARCHS),
+        version=compiler_version(),
+        count=len(done),
+        spills=f"{spilling} of them spilling" if spilling else "none of them spilling",
+        forward=table(FORWARD_HEAD, forward),
+        combine=table(COMBINE_HEAD, combine),
+    )
+
+
+def spills(used: Resources) -> int:
+    """Bytes of local memory traffic: spilled registers, and arrays that did not fit into registers."""
+    return used.spill_stores + used.spill_loads + used.stack
+
+
+def table(head: Row, measured: Measured) -> str:
+    lines = [(*head, *ARCHS), tuple("---" for _ in (*head, *ARCHS))]
+    for cells, by_arch in sorted(measured.items(), key=lambda item: (int(item[0][0]), item[0])):
+        lines.append((*cells, *(cell(by_arch.get(arch)) for arch in ARCHS)))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cell(used: Resources | None) -> str:
+    if used is None:
+        return "–"
+    return f"{used.registers}, spills {spills(used)} bytes" if spills(used) else str(used.registers)
+
+
+def rows_in(text: str) -> Iterator[Row]:
+    """The rows of the tables in a document, without the architectures' cells."""
+    for line in text.splitlines():
+        cells = tuple(line.strip("| ").split(" | "))
+        if line.startswith("|") and cells[0].isdigit():
+            yield cells[: -len(ARCHS)]
+
+
+def main() -> int:
+    todo = jobs()
+    order = {job: index for index, job in enumerate(todo)}
+    done = list(track(compile_all(todo), "compiling", total=len(todo)))
+    done.sort(key=lambda item: order[item[0], item[1]])
+    TARGET.write_text(document(done), encoding="utf-8")
+    spilling = [f"{arch} {config}: {used}" for config, arch, used in done if spills(used)]
+    print("\n".join(spilling) or f"{len(done)} kernels, no spills, in {TARGET}")
+    return 1 if spilling else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

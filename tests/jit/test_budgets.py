@@ -1,0 +1,37 @@
+"""Budgets of the shipped kernels: each compiles without a warning or a spill, and is documented."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from cuflash.cli.compile import selected
+from cuflash.jit import compile_cubin, resources
+from cuflash.plan.arch import ARCHS
+from cuflash.plan.cost import shared_bytes
+from cuflash.plan.shipped import DTYPES
+from docs import make_resources
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_no_shipped_kernel_spills_or_warns(arch, dtype):
+    broken = {}
+    for config in selected(arch, [dtype], None):
+        log = json.loads(compile_cubin(config, arch).with_suffix(".json").read_text())["log"]
+        if make_resources.spills(resources(config, arch)) or "warning" in log:
+            broken[config] = log
+    assert broken == {}
+
+
+def test_every_shipped_kernel_fits_into_shared_memory():
+    for config, arch in make_resources.jobs():
+        assert shared_bytes(config) <= ARCHS[arch].shared_per_block
+
+
+def test_every_shipped_kernel_is_documented():
+    text = make_resources.TARGET.read_text(encoding="utf-8")
+    rows = {make_resources.row(config) for config, _ in make_resources.jobs()}
+    assert set(make_resources.rows_in(text)) == rows, "run: python docs/make_resources.py"
+    assert "none of them spilling" in text
