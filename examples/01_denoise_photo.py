@@ -88,17 +88,19 @@ def attend_to_all(
     features: np.ndarray, values: np.ndarray, scale: float, bias: np.ndarray, device: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Attention of all pixels to all pixels, (pixels, head_dim_v), and its lse, (pixels,); as float32 NumPy arrays."""
+    to_device = to_host = np.asarray
     if device == "cuda":
         import cupy
 
-        features, values, bias = cupy.asarray(features), cupy.asarray(values), cupy.asarray(bias)
+        to_device, to_host = cupy.asarray, cupy.asnumpy
+    q, v, bias = to_device(features), to_device(values), to_device(bias)
     out = np.empty(values.shape, np.float32)
     lse = np.empty(len(values), np.float32)
     starts = range(0, len(out), CHUNK[device])
     for i in track(starts, "attention", transient=True, console=Console(stderr=True)):
         rows = slice(i, i + CHUNK[device])
-        chunk, chunk_lse = cuflash.attention(features[rows], features, values, scale=scale, bias=bias, return_lse=True)
-        out[rows], lse[rows] = (chunk, chunk_lse) if device == "cpu" else (chunk.get(), chunk_lse.get())
+        out_rows, lse_rows = cuflash.attention(q[rows], q, v, scale=scale, bias=bias, return_lse=True)
+        out[rows], lse[rows] = to_host(out_rows), to_host(lse_rows)
     return out, lse
 
 

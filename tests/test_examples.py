@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
 import pytest
+
+import cuflash
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
@@ -63,6 +67,21 @@ def test_denoising_takes_a_file(tmp_path: Path) -> None:
     assert "ramp.png, 48 x 40 pixels" in result.stdout
     assert printed(result, "PSNR denoised by attention to all patches") > printed(result, "PSNR noisy") + 9
     check_picture(tmp_path / "o.png", panels=3)
+
+
+def test_denoising_in_float16_on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the example does on a GPU, on an emulated one: a host stands in for CuPy's memory."""
+    spec = importlib.util.spec_from_file_location("denoise_photo", ROOT / "examples" / "01_denoise_photo.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(asarray=np.asarray, asnumpy=np.asarray))
+    clean = example.load_picture("chelsea", crop=24)
+    noisy = clean + np.random.default_rng(0).normal(0, 0.1, clean.shape).astype(np.float32)
+    in_float32 = example.non_local_means(noisy, 0.1, 5, "cpu")
+    with cuflash.emulate("sm_80") as device:
+        in_float16 = example.non_local_means(noisy, 0.1, 5, "cuda")
+    assert device.launches
+    assert np.abs(in_float16 - in_float32).max() < 2 / 255
 
 
 @pytest.mark.parametrize(
