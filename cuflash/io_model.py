@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 from cuflash import check
 from cuflash.arrays import ALIGNMENT, Layout, contiguous_strides
@@ -192,7 +193,7 @@ def flash_forward(
         written.update(launch.written)
     partial = sum(written[name] for name in ("o_partial", "lse_partial"))
     once = compulsory_bytes(problem, return_lse=return_lse, bias_elements=bias_elements, **packing)
-    config = plan.forward.config
+    config = cast(ForwardConfig, plan.forward.config)
     visits = tile_visits(problem, config, sequence_lengths(problem, cu_seqlens_q, cu_seqlens_k))
     tile = config.block_m * config.block_n
     return Cost(
@@ -309,7 +310,7 @@ def compare(
     *,
     dtype: str = "bfloat16",
     causal: bool = False,
-    window: tuple[int | None, int | None] | None = None,
+    window: Sequence[int | None] | None = None,
     bias_shape: Sequence[int] | None = None,
     bias_dtype: str | None = None,
     softcap: float | None = None,
@@ -390,7 +391,7 @@ def problem_of_shapes(
     *,
     dtype: str = "bfloat16",
     causal: bool = False,
-    window: tuple[int | None, int | None] | None = None,
+    window: Sequence[int | None] | None = None,
     softcap: float | None = None,
     bias_shape: Sequence[int] | None = None,
     bias_dtype: str | None = None,

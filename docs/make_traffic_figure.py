@@ -14,33 +14,40 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from cuflash import Options, io_model
+from cuflash.plan.arch import arch_named
 
 LENGTHS = [2**n for n in range(8, 19)]
-HEAD_DIM = 128
+HEAD_DIM = 64
 STYLES = {
-    "standard": ("tab:red", "standard: S and P in memory"),
+    "standard": ("tab:red", "standard"),
     "chunked": ("tab:orange", "chunked (Rabe & Staats)"),
-    "flash": ("tab:blue", "flash: asked of global memory"),
+    "flash": ("tab:blue", "flash"),
 }
+
+
+def costs_at(length: int) -> dict[str, io_model.Cost]:
+    """Costs of one head by algorithm, flash with the tiles of the longest sequence at every length."""
+    arch = arch_named("sm_80")
+    longest = io_model.problem_of_shapes((LENGTHS[-1], HEAD_DIM))
+    config = io_model.plan_contiguous(longest, arch, Options(num_splits=1)).forward.config
+    return io_model.compare((length, HEAD_DIM), arch="sm_80", options=Options(num_splits=1, config=config))
 
 
 def main() -> None:
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "images" / "traffic.svg"
     plt.rcParams["svg.hashsalt"] = "cuflash"  # the same file whenever it is made
     figure, (traffic, memory) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    costs = [
-        io_model.compare((length, 1, HEAD_DIM), arch="sm_80", options=Options(num_splits=1)) for length in LENGTHS
-    ]
+    costs = [costs_at(length) for length in LENGTHS]
     for name, (color, label) in STYLES.items():
         traffic.plot(LENGTHS, [cost[name].bytes for cost in costs], "o-", ms=3, color=color, label=label)
-        extra = [cost[name].workspace_bytes for cost in costs]
-        if any(extra):
-            memory.plot(LENGTHS, extra, "o-", ms=3, color=color, label=label.partition(":")[0])
+        extra = [cost[name].workspace_bytes or float("nan") for cost in costs]
+        memory.plot(LENGTHS, extra, "o-", ms=3, color=color, label=label if extra[0] > 0 else f"{label}: none")
     once = [cost["flash"].dram_bytes for cost in costs]
-    traffic.plot(LENGTHS, once, "--", color="tab:blue", label="flash: every array once (repeats in L2)")
-    memory.plot(LENGTHS, once, "--", color="gray", label="inputs and output themselves")
-    memory.plot([], [], color="tab:blue", label="flash: nothing")
-    traffic.set_ylabel("bytes moved")
+    asked = [cost["flash"].bytes for cost in costs]
+    traffic.plot(LENGTHS, once, ":", color="tab:blue", label="every array once")
+    traffic.fill_between(LENGTHS, once, asked, color="tab:blue", alpha=0.12, label="flash: served by L2 or memory")
+    memory.plot(LENGTHS, once, ":", color="tab:blue", label="inputs and output themselves")
+    traffic.set_ylabel("bytes asked of global memory")
     memory.set_ylabel("bytes beyond inputs and output")
     for axes in (traffic, memory):
         axes.set_xscale("log", base=2)
