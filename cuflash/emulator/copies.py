@@ -49,7 +49,8 @@ class CopyQueue:
         machine = self.machine
         picked = lanes.pick(np.asarray(shared).astype(np.int64), mask)
         machine.shared.check(lanes, site, picked, size, mask)
-        machine.counters.shared_access(lanes, picked, size, mask, "copy")
+        machine.counters.shared_access(lanes, picked, size, mask)
+        machine.counters.copies += np.size(picked) * lanes.weight(picked, mask)
         offsets = machine.shared.everyone(lanes, picked, mask)
         machine.shared.history.write(lanes, site, offsets, size, mask, in_flight=True)
         data = self._read(lanes, site, source, size, length, mask)

@@ -101,7 +101,7 @@ class Device:
         The address keeps its distance from the start of the array's own buffer modulo 256, so an unaligned view stays unaligned.
         """
         array = np.asarray(array)
-        result = self._allocate(array.shape, array.strides, array.dtype, name, _phase(array))
+        result = self.empty_like(array, name)
         if result.nbytes:
             data = np.ascontiguousarray(array).reshape(array.shape)
             result._bytes(self._memory.data)[...] = data[..., None].view(np.uint8)
@@ -113,6 +113,10 @@ class Device:
         shape = (shape,) if isinstance(shape, (int, np.integer)) else tuple(shape)
         template = np.lib.stride_tricks.as_strided(np.empty(1, dtype), shape, _contiguous(shape, np.dtype(dtype).itemsize))
         return self._allocate(shape, template.strides, template.dtype, name, 0)
+
+    def empty_like(self, array: np.ndarray, name: str | None = None) -> DeviceArray:
+        """An array with the strides and alignment of a host array, as to_device gives it, that nothing has written."""
+        return self._allocate(array.shape, array.strides, array.dtype, name, _phase(array))
 
     def free(self, array: DeviceArray) -> None:
         """Give an array's memory back."""

@@ -36,7 +36,7 @@ class SharedMemory(FlatSpace):
             return (np.zeros((), dtype),) * count
         width = dtype.itemsize * count
         offsets = self._locate(lanes, site, lanes.pick(address, mask), width, mask)
-        lanes.machine.counters.shared_access(lanes, offsets, width, mask, "load")
+        lanes.machine.counters.shared_access(lanes, offsets, width, mask)
         offsets = offsets + lanes.pick(lanes.rows, mask) * self.stride
         self.history.read(lanes, site, offsets, width, mask)
         values = gather(self.data, offsets, dtype, count)
@@ -49,7 +49,7 @@ class SharedMemory(FlatSpace):
             return
         width = dtype.itemsize * len(values)
         picked = self._locate(lanes, site, lanes.pick(address, mask), width, mask)
-        lanes.machine.counters.shared_access(lanes, picked, width, mask, "store")
+        lanes.machine.counters.shared_access(lanes, picked, width, mask)
         offsets = self.everyone(lanes, picked, mask)
         self.history.write(lanes, site, offsets, width, mask)
         scatter(self.data, offsets, dtype, tuple(lanes.flat(v, mask) for v in values))
@@ -66,7 +66,7 @@ class SharedMemory(FlatSpace):
         if mask is False:
             return np.zeros((), dtype)
         picked = self._locate(lanes, site, lanes.pick(address, mask), dtype.itemsize, mask)
-        lanes.machine.counters.shared_access(lanes, picked, dtype.itemsize, mask, "store")
+        lanes.machine.counters.shared_access(lanes, picked, dtype.itemsize, mask)
         offsets = self.everyone(lanes, picked, mask)
         self.history.write(lanes, site, offsets, dtype.itemsize, mask, atomic=True)
         index = offsets >> (dtype.itemsize.bit_length() - 1)
@@ -75,7 +75,7 @@ class SharedMemory(FlatSpace):
 
     def load_matrix(self, lanes: Lanes, site: int, address: np.ndarray, number: int, transposed: bool) -> tuple:
         """ldmatrix: lanes 8 j to 8 j + 7 give the rows of matrix j; registers hold two elements of a row, or of a column."""
-        offsets = self._matrix_rows(lanes, site, address, number, "load")
+        offsets = self._matrix_rows(lanes, site, address, number)
         lanes.machine.clocks.order_lanes(lanes)
         offsets = offsets + lanes.rows * self.stride
         self.history.read(RowLanes(lanes, 8 * number), site, offsets, 16, None, together=True)  # type: ignore[arg-type]
@@ -88,7 +88,7 @@ class SharedMemory(FlatSpace):
 
     def store_matrix(self, lanes: Lanes, site: int, address: np.ndarray, number: int, transposed: bool, values: tuple) -> None:
         """stmatrix, the opposite of ldmatrix."""
-        offsets = self._matrix_rows(lanes, site, address, number, "store")
+        offsets = self._matrix_rows(lanes, site, address, number)
         lanes.machine.clocks.order_lanes(lanes)
         offsets = np.broadcast_to(offsets + lanes.rows * self.stride, (*lanes.shape[:2], 8 * number))
         mask = np.broadcast_to(np.arange(32) < 8 * number, lanes.shape)
@@ -99,11 +99,11 @@ class SharedMemory(FlatSpace):
             rows = np.ascontiguousarray(matrices).view(U4)
         self.data.view(U4).reshape(-1, 4)[offsets >> 4] = rows.reshape(*lanes.shape[:2], 8 * number, 4)
 
-    def _matrix_rows(self, lanes: Lanes, site: int, address: np.ndarray, number: int, verb: str) -> np.ndarray:
+    def _matrix_rows(self, lanes: Lanes, site: int, address: np.ndarray, number: int) -> np.ndarray:
         used = np.broadcast_to(address, np.broadcast_shapes(np.shape(address), (1, 1, 32)))[..., : 8 * number]
         offsets = used.astype(np.int64)
         self.check(RowLanes(lanes, 8 * number), site, offsets, 16, None)  # type: ignore[arg-type]
-        lanes.machine.counters.matrix_access(lanes, offsets, number, verb)
+        lanes.machine.counters.matrix_access(lanes, offsets, number)
         return offsets
 
 
@@ -121,6 +121,3 @@ class RowLanes:
         whole = np.zeros(self.lanes.shape, bool)
         whole[..., : self.count] = bad
         return self.lanes.fault(kind, site, whole, None, lambda k: message(int(np.flatnonzero(np.reshape(bad, -1))[0])))
-
-
-__all__ = ["SharedMemory", "gather"]
