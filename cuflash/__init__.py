@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from cuflash.attention import attention, attention_varlen
+from cuflash.device.emulated import EmulatedDevice, emulate
 from cuflash.errors import (
     CompileError,
     ConfigError,
@@ -33,6 +34,7 @@ __all__ = [
     "ConfigError",
     "CuflashError",
     "DeviceError",
+    "EmulatedDevice",
     "InvalidDtypeError",
     "InvalidShapeError",
     "InvalidTypeError",
@@ -40,6 +42,7 @@ __all__ = [
     "Options",
     "attention",
     "attention_varlen",
+    "emulate",
     "emulator",
     "io_model",
     "merge_states",

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cuflash import dlpack
-from cuflash.errors import DeviceError, InvalidTypeError, InvalidValueError
-
-NativeArray = Any  # numpy.ndarray or cupy.ndarray
-ALIGNMENT = 16  # bytes of the widest access of a kernel
-MAX_OVERLAP_WORK: Any = 100_000  # candidates that NumPy tries before it gives up on whether two layouts share elements
+from cuflash.device import Device, current
+from cuflash.errors import DeviceError, InvalidTypeError, type_name
+from cuflash.layout import NativeArray
 
 
 class Kind(NamedTuple):
@@ -32,101 +32,18 @@ class Kind(NamedTuple):
     give: Callable[[NativeArray], Any]
 
 
-class Layout(NamedTuple):
-    """Where the elements of an array lie, but for its address: what a plan depends on."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]  # bytes
-    dtype: np.dtype
-    misalignment: int  # address modulo ALIGNMENT
-
-    @property
-    def rows_contiguous(self) -> bool:
-        """Whether neighbours along the last axis are neighbours in memory."""
-        return self.shape[-1] <= 1 or self.strides[-1] == self.dtype.itemsize
-
-    def contiguous(self) -> Layout:
-        """The layout of a fresh C-contiguous copy."""
-        return Layout(self.shape, contiguous_strides(self.shape, self.dtype.itemsize), self.dtype, 0)
-
-
-def contiguous_strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
-    """Strides in bytes of a C-contiguous array; those of itemsize 1 are in elements."""
-    strides = []
-    for size in reversed(shape):
-        strides.append(itemsize)
-        itemsize *= max(size, 1)
-    return tuple(reversed(strides))
-
-
-def address(array: NativeArray) -> int:
-    """Address of the first element."""
-    if type(array) is np.ndarray:
-        return int(array.__array_interface__["data"][0])
-    return int(array.data.ptr)
-
-
-def layout(array: NativeArray) -> Layout:
-    return Layout(array.shape, array.strides, array.dtype, address(array) % ALIGNMENT)
-
-
-def check_separate(out: NativeArray, names: Sequence[str], inputs: Sequence[NativeArray | None]) -> None:
-    """`out` must be writeable and share no element with an input; slices of one buffer may interleave."""
-    if type(out) is np.ndarray and not out.flags.writeable:
-        raise InvalidValueError("out is read-only: must be writeable")
-    first, last = _span(out)
-    for name, array in zip(names, inputs, strict=True):
-        if array is None:
-            continue
-        begin, end = _span(array)
-        if begin < last and first < end and _share_elements(out, array):
-            raise InvalidValueError(f"out overlaps {name}: must not share memory with it")
-
-
-def _span(array: NativeArray) -> tuple[int, int]:
-    """Addresses [begin, end) that the elements lie in; empty for an array without elements."""
-    begin = end = address(array)
-    if array.size:
-        for size, stride in zip(array.shape, array.strides, strict=True):
-            if stride < 0:
-                begin += (size - 1) * stride
-            else:
-                end += (size - 1) * stride
-        end += array.dtype.itemsize
-    return begin, end
-
-
-class _Addresses:
-    """The addresses of an array as an object from which NumPy makes an array that nobody reads: GPU memory too."""
-
-    def __init__(self, array: NativeArray) -> None:
-        self.__array_interface__ = {
-            "version": 3,
-            "data": (address(array), True),
-            "shape": array.shape,
-            "strides": array.strides,
-            "typestr": f"|V{array.dtype.itemsize}",
-        }
-
-
-def _share_elements(a: NativeArray, b: NativeArray) -> bool:
-    """Exact for every layout that occurs; one whose answer is too hard to find counts as sharing."""
-    try:
-        return np.shares_memory(np.asarray(_Addresses(a)), np.asarray(_Addresses(b)), max_work=MAX_OVERLAP_WORK)
-    except np.exceptions.TooHardError:
-        return True
-
-
-def gather(names: Sequence[str], values: Sequence[Any]) -> tuple[Kind, list[NativeArray]]:
-    """The kind that all arrays share and the native arrays, None where an argument is None. The first is required.
+def gather(
+    names: Sequence[str], values: Sequence[Any], optional: Sequence[str] = ()
+) -> tuple[Kind, list[NativeArray | None]]:
+    """The kind that all arrays share and the native arrays, None for those optional ones that are None.
 
     Raises InvalidTypeError where a value is no array or of another kind than the first, DeviceError where its device
     is out of reach.
     """
     kind = kind_of(values[0], names[0])
-    native: list[NativeArray] = []
+    native: list[NativeArray | None] = []
     for name, value in zip(names, values, strict=True):
-        if value is None:
+        if value is None and name in optional:
             native.append(None)
             continue
         if kind_of(value, name) is not kind:
@@ -138,12 +55,8 @@ def gather(names: Sequence[str], values: Sequence[Any]) -> tuple[Kind, list[Nati
     return kind, native
 
 
-def type_name(value: object) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-
-
 _kinds: dict[type, Kind] = {}  # by the type of the array
-_dlpack_kinds: dict[str, Kind] = {}  # by the package that the type comes from
+_dlpack_kinds: dict[Any, Kind] = {}  # by the namespace that the type comes from
 
 
 def kind_of(value: object, name: str) -> Kind:
@@ -166,13 +79,6 @@ def _new_kind(value: object, name: str) -> Kind:
         raise InvalidTypeError(
             f"{name} is a {type_name(value)}: must be a NumPy or CuPy array or one that implements __dlpack__"
         )
-    if package not in _dlpack_kinds:
-        _dlpack_kinds[package] = Kind(package, _take_dlpack, _importer(value, package, name))
-    return _dlpack_kinds[package]
-
-
-def _importer(value: Any, package: str, name: str) -> Callable[[NativeArray], Any]:
-    """How a native array becomes one of the framework of `value`: its namespace's or its package's from_dlpack."""
     namespace: Any = sys.modules.get(package)
     if hasattr(value, "__array_namespace__"):
         namespace = value.__array_namespace__()
@@ -180,7 +86,10 @@ def _importer(value: Any, package: str, name: str) -> Callable[[NativeArray], An
         raise InvalidTypeError(
             f"{name} is a {type_name(value)}: must come from a package with from_dlpack, to return the result with"
         )
-    return lambda array: namespace.from_dlpack(dlpack.exportable(array))
+    if namespace not in _dlpack_kinds:
+        give = namespace.from_dlpack
+        _dlpack_kinds[namespace] = Kind(package, _take_dlpack, lambda array: give(dlpack.exportable(array)))
+    return _dlpack_kinds[namespace]
 
 
 def _take_dlpack(value: Any, name: str) -> NativeArray:
@@ -197,13 +106,13 @@ def _take_dlpack(value: Any, name: str) -> NativeArray:
     if device_type not in dlpack.GPU:
         raise DeviceError(f"{name} is on DLPack device {(int(device_type), device_id)}: must be on a CPU or a CUDA GPU")
     try:
-        from cuflash.device.cuda import from_dlpack
+        gpu = _gpu()
     except ImportError as error:
         raise DeviceError(
             f"{name} is on a GPU: must be on the CPU, or install the extra for its CUDA version, "
             "cuflash[cu12] or cuflash[cu13]"
         ) from error
-    return from_dlpack(value, name)
+    return gpu.from_dlpack(value, name)
 
 
 def _same(array: NativeArray) -> NativeArray:
@@ -212,3 +121,34 @@ def _same(array: NativeArray) -> NativeArray:
 
 NUMPY = Kind("numpy", lambda array, name: array if type(array) is np.ndarray else np.asarray(array), _same)
 CUPY = Kind("cupy", lambda array, name: array, _same)
+
+
+def device_of(kind: Kind, names: Sequence[str], arrays: Sequence[NativeArray | None]) -> Device | None:
+    """The device that takes these native arrays; None is the CPU executor.
+
+    Raises DeviceError where they do not lie on one device.
+    """
+    emulator = current.get()
+    if emulator is not None:
+        if kind is not NUMPY:
+            raise DeviceError(f"{names[0]} is of kind {kind.name}: must be a NumPy array within cuflash.emulate")
+        return emulator
+    on_host = type(arrays[0]) is np.ndarray
+    for name, array in zip(names, arrays, strict=True):
+        if array is not None and (type(array) is np.ndarray) != on_host:
+            raise DeviceError(
+                f"{name} is a {type_name(array)} in memory: must be on the same device as {names[0]}, "
+                f"a {type_name(arrays[0])}"
+            )
+    if on_host:
+        return None
+    device: Device = _gpu().gpu_of(names, arrays)
+    return device
+
+
+@cache
+def _gpu() -> ModuleType:
+    """The module that imports CuPy, once it is needed."""
+    from cuflash.device import cuda
+
+    return cuda

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from cuflash import check, forward
-from cuflash.arrays import Kind, NativeArray, gather
-from cuflash.device import device_of
+from cuflash.arrays import Kind, device_of, gather
+from cuflash.layout import NativeArray
 from cuflash.options import Options
 from cuflash.packing import take_lengths
 
 _NAMES = ("q", "k", "v", "bias", "out")
+_OPTIONAL = ("bias", "out")
 
 
 def attention(
@@ -94,7 +95,7 @@ def attention(
     """
     asked = check.scores(causal, window, scale, softcap)
     check.check_flag("return_lse", return_lse)
-    kind, arrays = gather(_NAMES, (q, k, v, bias, out))
+    kind, arrays = gather(_NAMES, (q, k, v, bias, out), _OPTIONAL)
     device = device_of(kind, _NAMES, arrays)
     operands = forward.Operands(*arrays)
     return _give(kind, out, *forward.run(device, operands, asked, None, bool(return_lse), options))
@@ -169,9 +170,9 @@ def attention_varlen(
     """
     asked = check.scores(causal, window, scale, softcap)
     check.check_flag("return_lse", return_lse)
-    kind, arrays = gather(_NAMES, (q, k, v, bias, out))
+    kind, arrays = gather(_NAMES, (q, k, v, bias, out), _OPTIONAL)
     device = device_of(kind, _NAMES, arrays)
-    q, k, v, bias, given_out = arrays
+    q, k, v, bias, given_out = arrays[:5]
     for name, array in zip(_NAMES[:3], arrays, strict=False):
         check.check_packed_rank(name, array.shape)
     lengths = take_lengths(

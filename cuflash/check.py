@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from cuflash.arrays import Layout
 from cuflash.errors import InvalidDtypeError, InvalidShapeError, InvalidTypeError, InvalidValueError
+from cuflash.layout import Layout
 from cuflash.options import Options
 from cuflash.plan.arch import Arch
 from cuflash.problem import Problem, default_scale

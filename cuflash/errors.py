@@ -35,3 +35,8 @@ class CompileError(CuflashError, RuntimeError):
 
 class ConfigError(InvalidValueError):
     """A kernel configuration contradicts itself, the problem or the architecture."""
+
+
+def type_name(value: object) -> str:
+    """How an error names the type of an argument."""
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuflash import check, records
-from cuflash.arrays import Layout, NativeArray, check_separate, contiguous_strides, layout
 from cuflash.check import Packing, Scores
 from cuflash.device import Call, Device, Kernel
+from cuflash.layout import Layout, NativeArray, check_separate, contiguous_strides, layout
 from cuflash.options import Options
 from cuflash.plan.forward import plan_forward
 from cuflash.plan.params import COMBINE_PARAMS, FORWARD_PARAMS
@@ -82,6 +82,8 @@ def run(
     options: Options | None,
 ) -> tuple[NativeArray, NativeArray | None]:
     """Answer a call on a device, or on the CPU where it is None; raises before anything is computed or written."""
+    if options is not None:
+        check.check_options(options, on_kernels=device is not None)
     layouts = tuple(None if array is None else layout(array) for array in operands[:5])
     known = _prepared_for_cpu if device is None else device.prepared
     key = (layouts, asked, packing, options)
@@ -107,8 +109,6 @@ def _prepare(
 ) -> Prepared:
     q, k, v, bias, out = layouts
     problem = check.problem(q, k, v, bias, asked, packing)
-    if options is not None:
-        check.check_options(options, on_kernels=device is not None)
     if device is not None:
         check.check_kernel_limits(problem, device.arch)
     out_shape = (*q.shape[:-1], problem.head_dim_v)

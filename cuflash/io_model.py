@@ -20,8 +20,8 @@ from itertools import pairwise
 from typing import cast
 
 from cuflash import check
-from cuflash.arrays import ALIGNMENT, Layout, contiguous_strides
 from cuflash.errors import InvalidDtypeError, InvalidShapeError, InvalidValueError
+from cuflash.layout import ALIGNMENT, Layout, contiguous_strides
 from cuflash.options import Options
 from cuflash.plan.arch import Arch, arch_named
 from cuflash.plan.config import ForwardConfig, round_up

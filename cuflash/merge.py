@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuflash import records
-from cuflash.arrays import Kind, Layout, NativeArray, contiguous_strides, gather, kind_of, layout
+from cuflash.arrays import Kind, device_of, gather, kind_of
 from cuflash.check import DTYPE_NAMES, KERNEL_BIAS_DTYPES
-from cuflash.device import Call, Device, device_of
+from cuflash.device import Call, Device
 from cuflash.errors import InvalidDtypeError, InvalidShapeError, InvalidTypeError, InvalidValueError
+from cuflash.layout import Layout, NativeArray, contiguous_strides, layout
 from cuflash.plan.config import MAX_SPLITS
 from cuflash.plan.forward import plan_combine
 
@@ -76,8 +77,6 @@ def _states(name: str, value: Any) -> tuple[Kind, list[str], list[NativeArray]]:
         if not value:
             raise InvalidValueError(f"{name} = {value}: must hold at least one array")
         names = [f"{name}[{i}]" for i in range(len(value))]
-        if any(state is None for state in value):
-            raise InvalidTypeError(f"{names[value.index(None)]} is None: must be an array")
         kind, arrays = gather(names, value)
         return kind, names, arrays
     kind = kind_of(value, name)

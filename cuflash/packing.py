@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cuflash.arrays import NativeArray, kind_of
+from cuflash.arrays import kind_of
 from cuflash.check import Packing, whole_number
 from cuflash.device import Device, check_placed
 from cuflash.errors import InvalidDtypeError, InvalidShapeError, InvalidTypeError, InvalidValueError
+from cuflash.layout import NativeArray
 
 
 class Lengths(NamedTuple):

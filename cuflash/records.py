@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cuflash.arrays import ALIGNMENT, Layout, contiguous_strides
 from cuflash.errors import InvalidValueError
+from cuflash.layout import ALIGNMENT, Layout, contiguous_strides
 from cuflash.plan.config import MAX_SPLITS
 from cuflash.plan.forward import ForwardPlan
 from cuflash.plan.params import COMBINE_PARAMS, FORWARD_PARAMS, NO_BOUND

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from functools import cache
-from importlib import import_module
 from typing import Any, Protocol
 
 import numpy as np
 
-from cuflash.arrays import NUMPY, Kind, NativeArray, type_name
-from cuflash.errors import DeviceError
+from cuflash.errors import DeviceError, type_name
+from cuflash.layout import NativeArray
 from cuflash.plan.arch import Arch
 from cuflash.plan.forward import Launch
 
@@ -55,36 +53,7 @@ class Device(Protocol):
         """One call: outputs count only if it ends without an error."""
 
 
-emulated: ContextVar[Device | None] = ContextVar("cuflash_emulated_device", default=None)
-
-
-def device_of(kind: Kind, names: Sequence[str], arrays: Sequence[NativeArray | None]) -> Device | None:
-    """The device that takes these native arrays; None is the CPU executor.
-
-    Raises DeviceError where they do not lie on one device.
-    """
-    emulator = emulated.get()
-    if emulator is not None:
-        if kind is not NUMPY:
-            raise DeviceError(f"{names[0]} is of kind {kind.name}: must be a NumPy array within cuflash.emulate")
-        return emulator
-    on_host = type(arrays[0]) is np.ndarray
-    for name, array in zip(names, arrays, strict=True):
-        if array is not None and (type(array) is np.ndarray) != on_host:
-            raise DeviceError(
-                f"{name} is a {type_name(array)} in memory: must be on the same device as {names[0]}, "
-                f"a {type_name(arrays[0])}"
-            )
-    if on_host:
-        return None
-    device: Device = _cuda().gpu_of(names, arrays)
-    return device
-
-
-@cache
-def _cuda() -> Any:
-    """The module that imports CuPy, once it is needed."""
-    return import_module("cuflash.device.cuda")
+current: ContextVar[Device | None] = ContextVar("cuflash_emulated_device", default=None)
 
 
 def check_placed(device: Device | None, name: str, array: NativeArray) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import cupy
 import numpy as np
 
-from cuflash.arrays import NativeArray, type_name
 from cuflash.device import Kernel
-from cuflash.errors import DeviceError, InvalidTypeError
+from cuflash.errors import DeviceError, InvalidTypeError, type_name
 from cuflash.jit import compile_cubin
+from cuflash.layout import NativeArray
 from cuflash.plan.arch import arch_of_capability
 from cuflash.plan.config import KernelConfig
 from cuflash.plan.forward import Launch

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from cuflash.arrays import NativeArray
-from cuflash.device import Kernel, emulated
+from cuflash.device import Kernel, current
 from cuflash.errors import InvalidTypeError, InvalidValueError
+from cuflash.layout import NativeArray
 from cuflash.plan.arch import arch_named
 from cuflash.plan.config import KernelConfig
 from cuflash.plan.forward import Launch
@@ -69,11 +69,11 @@ def emulate(
     >>> len(device.launches)
     1
     """
-    token = emulated.set(EmulatedDevice(arch, warp_order, copies, check_races, sm_count))
+    token = current.set(EmulatedDevice(arch, warp_order, copies, check_races, sm_count))
     try:
-        yield emulated.get()  # type: ignore[misc]
+        yield current.get()  # type: ignore[misc]
     finally:
-        emulated.reset(token)
+        current.reset(token)
 
 
 class EmulatedDevice:
