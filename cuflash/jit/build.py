@@ -91,7 +91,7 @@ def _build(config: Unit, arch: str, kind: compiler.Kind) -> tuple[Path, dict[str
     try:
         record = entry.fill(unit, compile_unit, facts)
     except OSError as error:
-        entry = replace(entry, folder=temporary_dir(entry.folder, str(error)))
+        entry = replace(entry, folder=temporary_dir(entry.folder, error.strerror))
         record = entry.fill(unit, compile_unit, facts)
     return entry.code_path, record
 

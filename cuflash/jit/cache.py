@@ -90,7 +90,7 @@ class Entry:
 
 
 @cache
-def temporary_dir(unwritable: Path, reason: str) -> Path:
+def temporary_dir(unwritable: Path, reason: str | None) -> Path:
     """A fresh folder that stands in for a cache that cannot be written; warns with both names."""
     folder = Path(tempfile.mkdtemp(prefix="cuflash-"))
     warnings.warn(

@@ -170,8 +170,22 @@ def test_an_unwritable_folder_falls_back_to_a_temporary_one(folder, monkeypatch)
         path = compile_cubin(Scale(9), "sm_80")
     assert path.exists()
     assert str(path.parent) in str(seen[0].message)
-    compile_cubin(Scale(10), "sm_80")
-    assert len(seen) == 1, "warned once"
+
+
+def test_a_folder_that_cannot_be_locked_is_replaced_once(folder, monkeypatch):
+    monkeypatch.setattr(cache.tempfile, "tempdir", str(folder))
+    original = cache._lock
+
+    def refused(path):
+        if path.parent == folder:
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr(cache, "_lock", refused)
+    with pytest.warns(RuntimeWarning, match="cannot be written .Permission denied.") as seen:
+        paths = [compile_cubin(Scale(factor), "sm_80") for factor in (9, 10)]
+    assert len(seen) == 1
+    assert paths[0].parent == paths[1].parent != folder
 
 
 def test_threads_compile_once(compilations):
