@@ -34,7 +34,8 @@ struct KeyTiles {
     int begin, end;           // positions [begin, end) are this block's
 
     template <ForwardConfig C>
-    static __device__ __forceinline__ KeyTiles of(const ForwardParams& params, const Work& work, const Window& window) {
+    static __device__ __forceinline__ KeyTiles of(const ForwardParams& params, const Work& work) {
+        const Window window(params, work);
         const int row_last = work.row_end(C.block_m) - 1;
         KeyTiles tiles;
         tiles.key_begin = C.windowed ? window.begin(work.row_begin) : 0;

@@ -29,16 +29,15 @@ struct ScoreRule {
     static constexpr bool kRaw = !C.softcapped && !kBiased;
 
     const ForwardParams& params;
-    const Window& window;
+    const Work& work;
     const KeyTiles& tiles;
     const char* bias;  // of this batch entry and head
     int row;           // this lane's first query, of its sequence
     int column;        // this lane's first key, of its tile
-    int len_q;
 
-    __device__ __forceinline__ ScoreRule(const ForwardParams& params, const Work& work, const Window& window,
-                                         const KeyTiles& tiles, int row, int column)
-        : params(params), window(window), tiles(tiles), row(row), column(column), len_q(work.len_q) {
+    __device__ __forceinline__ ScoreRule(const ForwardParams& params, const Work& work, const KeyTiles& tiles, int row,
+                                         int column)
+        : params(params), work(work), tiles(tiles), row(row), column(column) {
         if constexpr (kBiased) {
             const i64 offset = work.sequence * params.bias_strides[0] + work.head * params.bias_strides[1];
             bias = static_cast<const char*>(params.bias) + offset * bytes_of(C.bias_dtype);
@@ -78,7 +77,7 @@ struct ScoreRule {
                 float score = S[n][2 * h + e] * inner;
                 if constexpr (C.softcapped) score = params.softcap * kLog2E * tanh_accurate(score);
                 if constexpr (kBiased) {
-                    if (row < len_q && (!kCut || (begin <= 8 * n + e && 8 * n + e < end))) {
+                    if (row < work.len_q && (!kCut || (begin <= 8 * n + e && 8 * n + e < end))) {
                         const i64 offset = first + (8 * n + e) * params.bias_strides[3];
                         score = fmaf(load_element<C.bias_dtype>(bias, offset), kLog2E, score);
                     }
@@ -90,8 +89,9 @@ struct ScoreRule {
     // S = -inf where the key is not visible to the row: a select, so that whatever stood there is gone.
     template <int kN>
     __device__ __forceinline__ void mask(float (&S)[kN][4], int h, int row, int key) const {
+        const Window window(params, work);
         const int begin = C.windowed ? window.begin(row) - key : 0;
-        const int end = (C.windowed ? window.end(row) : window.len_k) - key;
+        const int end = (C.windowed ? window.end(row) : work.len_k) - key;
 #pragma unroll
         for (int n = 0; n < kN; ++n)
 #pragma unroll

@@ -15,15 +15,22 @@
 
 namespace cuflash {
 
-// Shared memory of a block. Outputs are staged where the inputs lay.
+// Shared memory of a block. Outputs are staged where the inputs lay. What all threads know alike lies here rather than in
+// the registers of each.
 template <ForwardConfig C>
-union ForwardShared {
-    struct {
-        u16 q[C.block_m * round_up(C.head_dim, 16)];
-        u16 k[C.num_stages][C.block_n * round_up(C.head_dim, 16)];
-        u16 v[C.num_stages][C.block_n * C.block_dv];
+struct ForwardShared {
+    union {
+        struct {
+            u16 q[C.block_m * round_up(C.head_dim, 16)];
+            u16 k[C.num_stages][C.block_n * round_up(C.head_dim, 16)];
+            u16 v[C.num_stages][C.block_n * C.block_dv];
+        };
+        u16 o[C.split ? 1 : C.block_m * C.block_dv];
     };
-    u16 o[C.split ? 1 : C.block_m * C.block_dv];
+    Work work;
+    KeyTiles tiles;
+    const u16* keys;    // first row of this sequence and head
+    const u16* values;  // the same, first column of this block's chunk
 };
 
 // A compile-time choice as an argument.
@@ -44,30 +51,32 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
     using KLoader = TileLoader<KTile, kThreads, C.load_bytes, C.head_dim % 16 != 0>;
     using VLoader = TileLoader<VTile, kThreads, C.load_bytes, C.head_dim_v % C.block_dv != 0>;
 
-    const Work work = decode_work<C>(params);
-    if (work.row_begin >= work.len_q) return;
-    const Window window(params, work);
-    const KeyTiles tiles = KeyTiles::of<C>(params, work, window);
-
     extern __shared__ __align__(128) unsigned char shared_memory[];
     auto& shared = *reinterpret_cast<ForwardShared<C>*>(shared_memory);
     const int thread = threadIdx.x, lane = thread % 32, warp_row = thread / 32 * 16 * kM;
-    const int kv_head = work.head / params.group, first_column = work.chunk * C.block_dv;
 
-    const u16* q = row_at(params.q, params.q_strides, work.batch_entry, work.q_start + work.row_begin, work.head);
-    const u16* k = row_at(params.k, params.k_strides, work.batch_entry, work.k_start, kv_head);
-    const u16* v = row_at(params.v, params.v_strides, work.batch_entry, work.k_start, kv_head) + first_column;
-    const KLoader k_loader(k, params.k_strides[1], C.head_dim, thread);
-    const VLoader v_loader(v, params.v_strides[1], C.head_dim_v - first_column, thread);
-
+    const Work& work = shared.work;
+    const KeyTiles& tiles = shared.tiles;
+    if (thread == 0) {
+        shared.work = decode_work<C>(params);
+        shared.tiles = KeyTiles::of<C>(params, work);
+        const int kv_head = work.head / params.group;
+        shared.keys = row_at(params.k, params.k_strides, work.batch_entry, work.k_start, kv_head);
+        shared.values = row_at(params.v, params.v_strides, work.batch_entry, work.k_start, kv_head) + work.chunk * C.block_dv;
+    }
+    __syncthreads();  // work and tiles are known to everyone
+    if (work.row_begin >= work.len_q) return;
     // Start the copy of K(j) or V(j), j the tile at `position`; of a cut tile, only of the visible keys.
     const auto load_k = [&](auto cut, int position) {
         const u32 target = ptx::shared_address(shared.k[position % kStages]);
-        k_loader.template load<cut.value>(target, tiles.tile(position) * C.block_n, tiles.key_begin, tiles.key_end);
+        KLoader::template load<cut.value>(target, shared.keys, params.k_strides[1], C.head_dim,
+                                          tiles.tile(position) * C.block_n, tiles.key_begin, tiles.key_end);
     };
     const auto load_v = [&](auto cut, int position) {
         const u32 target = ptx::shared_address(shared.v[position % kStages]);
-        v_loader.template load<cut.value>(target, tiles.tile(position) * C.block_n, tiles.key_begin, tiles.key_end);
+        VLoader::template load<cut.value>(target, shared.values, params.v_strides[1],
+                                          C.head_dim_v - work.chunk * C.block_dv, tiles.tile(position) * C.block_n,
+                                          tiles.key_begin, tiles.key_end);
     };
     // The same for the next tile, if there is one, with two stages K and V.
     const auto load_next = [&](auto cut, int position) {
@@ -80,7 +89,7 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
     };
 
     const u32 q_address = ptx::shared_address(shared.q) + warp_row * QTile::kPitch + QTile::lane_offset(lane);
-    const ScoreRule<C> rule(params, work, window, tiles, work.row_begin + warp_row + lane / 4, 2 * (lane % 4));
+    const ScoreRule<C> rule(params, work, tiles, work.row_begin + warp_row + lane / 4, 2 * (lane % 4));
     LeftFragments<kM, C.q_in_registers ? kD : 1> q_fragments;
     OnlineSoftmax<kM> softmax;         // m, l
     float O[kM][C.block_dv / 8][4];    // unnormalised: 2^(S - m) V, summed over the tiles so far
@@ -88,6 +97,7 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
 
     // One tile of keys: S = Q K(j)^T, P = 2^(S - m), O += P V(j). kCut: some scores of it are masked.
     const auto visit = [&](auto cut, int position) {
+
         ptx::cp_async_wait<0>();  // this thread's share of K(j), with two stages also V(j), has landed
         __syncthreads();          // everyone's has; everyone is done with V(j-1), with two stages also K(j-1)
         if constexpr (kStages == 1) load_v(cut, position);
@@ -123,8 +133,9 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
     };
 
     if (tiles.begin < tiles.end) {
-        QLoader(q, params.q_strides[1], C.head_dim, thread)
-            .template load<true>(ptx::shared_address(shared.q), 0, 0, work.len_q - work.row_begin);
+        const u16* q = row_at(params.q, params.q_strides, work.batch_entry, work.q_start, work.head);
+        QLoader::template load<true>(ptx::shared_address(shared.q), q, params.q_strides[1], C.head_dim, work.row_begin, 0,
+                                     work.len_q);
         load_k(Flag<true>(), tiles.begin);
         if constexpr (kStages == 2) load_v(Flag<true>(), tiles.begin);
         ptx::cp_async_commit();

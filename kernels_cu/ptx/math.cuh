@@ -52,6 +52,13 @@ __device__ __forceinline__ float cvt_f32_bf16(u16 bits) {
     return value;
 }
 
+// x, of which the compiler no longer knows where it comes from: what a loop derives from it is computed in every
+// iteration instead of being held in registers across all of them.
+__device__ __forceinline__ u32 forget(u32 x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // Value of the lane whose index differs in the bits of kMask.
 template <int kMask>
 __device__ __forceinline__ float shfl_bfly(float x) {

@@ -11,8 +11,8 @@ constexpr int ceil_div(int value, int divisor) { return (value + divisor - 1) / 
 // Rows are unpadded and consist of chunks of 16 bytes. Eight chunks span the 32 banks. With kSpan = gcd(chunks a row, 8),
 // 8 / kSpan consecutive rows already start in different banks, so chunk c of row r lies at c ^ (r / (8 / kSpan) % kSpan):
 // the same chunk of eight consecutive rows, and kSpan consecutive chunks of 8 / kSpan rows, each cover all banks once.
-// The XOR touches only address bits that neither a row nor an aligned group of kSpan chunks reaches; so a thread
-// computes one address and reaches others by an XOR and an addition of constants. Tiles are aligned to 128 bytes.
+// The XOR touches only address bits that neither a row, nor an aligned group of kSpan chunks, nor a tile's start (aligned
+// to 128 bytes) reaches; so a thread computes one address and reaches others by an XOR and an addition of constants.
 template <int kRows_, int kCols_>
 struct SharedTile {
     static constexpr int kRows = kRows_;
@@ -22,7 +22,6 @@ struct SharedTile {
     static constexpr int kChunks = kCols / 8;  // 16-byte chunks a row
     static constexpr int kSpan = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : 2;
     static constexpr int kPitch = 16 * kChunks;  // bytes a row
-    static constexpr int kBytes = kRows * kPitch;
 
     static __device__ __forceinline__ constexpr int swizzle(int row) { return row / (8 / kSpan) % kSpan; }
 
@@ -31,8 +30,8 @@ struct SharedTile {
         return row * kPitch + 16 * (chunk ^ swizzle(row));
     }
 
-    // From the address of (row, chunk) to that of (row + row_step, chunk + chunk_step), for constant steps that share
-    // no set bit with row % 8 and chunk % kSpan.
+    // From the address of (row, chunk) to that of (row + row_step, chunk + chunk_step), for constant steps that share no
+    // set bit with row and chunk.
     static __device__ __forceinline__ u32 step(u32 address, int row_step, int chunk_step) {
         return (address ^ (16 * (swizzle(row_step) ^ (chunk_step % kSpan)))) +
                (row_step * kPitch + 16 * (chunk_step / kSpan * kSpan));
@@ -42,10 +41,8 @@ struct SharedTile {
     // lanes 16-31 of its right half. Registers 0 .. 3 receive the upper left, lower left, upper right, lower right 8x8.
     static __device__ __forceinline__ u32 lane_offset(int lane) { return offset(lane % 16, lane / 16); }
 
-    // From lane_offset plus the tile's address to the 16x16 block (i, j).
-    static __device__ __forceinline__ u32 block(u32 lane_address, int i, int j) {
-        return step(lane_address, 16 * i, 2 * j);
-    }
+    // From the address of this lane in block (0, 0) to that in the 16x16 block (i, j).
+    static __device__ __forceinline__ u32 block(u32 address, int i, int j) { return step(address, 16 * i, 2 * j); }
 };
 
 }  // namespace cuflash
