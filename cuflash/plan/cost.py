@@ -15,6 +15,7 @@ MAX_REGISTERS = 255  # of a thread
 REGISTERS_PER_SM = 65536
 RESERVED_SHARED = 1024  # bytes of shared memory that the driver takes per block
 MAX_BLOCKS_PER_SM = 32
+BLOCK_FACTS = 88  # bytes in shared memory that say what the block computes
 
 # Rates of one multiprocessor, per clock.
 FMA_16BIT = 1024  # of the tensor cores through mma.sync
@@ -47,7 +48,7 @@ def shared_bytes(config: KernelConfig) -> int:
     depth = round_up(config.head_dim, 16)
     inputs = config.block_m * depth + config.num_stages * config.block_n * (depth + config.block_dv)
     outputs = 0 if config.split else config.block_m * config.block_dv
-    return 2 * max(inputs, outputs)
+    return 2 * max(inputs, outputs) + BLOCK_FACTS
 
 
 def registers(config: ForwardConfig) -> int:
