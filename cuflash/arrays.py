@@ -16,7 +16,7 @@ import numpy as np
 
 from cuflash import dlpack
 from cuflash.device import Device, current
-from cuflash.errors import DeviceError, InvalidTypeError, type_name
+from cuflash.errors import DeviceError, InvalidTypeError, InvalidValueError, type_name
 from cuflash.layout import NativeArray
 
 
@@ -93,6 +93,8 @@ def _new_kind(value: object, name: str) -> Kind:
 
 
 def _take_dlpack(value: Any, name: str) -> NativeArray:
+    if name == "out" and type(value).__module__.startswith("jax"):  # DLPack does not say so for memory on a GPU
+        raise InvalidValueError(f"out is a {type_name(value)}: must be writeable, which JAX arrays are not")
     if getattr(value, "requires_grad", False):
         raise InvalidTypeError(f"{name} requires grad: must not, since no gradient flows back; pass {name}.detach()")
     try:

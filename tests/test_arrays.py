@@ -190,7 +190,7 @@ def test_traced_jax_values() -> None:
 
 def test_jax_out_is_refused() -> None:
     q, k, v = map(jnp.asarray, numpy_arrays("float32"))
-    with pytest.raises(InvalidValueError, match="out is read-only: must be writeable"):
+    with pytest.raises(InvalidValueError, match=r"out is a jaxlib.*: must be writeable, which JAX arrays are not"):
         cuflash.attention(q, k, v, out=jnp.zeros((2, 9, 4, 8)))
 
 
@@ -198,7 +198,7 @@ def test_mixed_kinds() -> None:
     q, k, v = numpy_arrays("float32")
     with pytest.raises(InvalidTypeError, match=r"v is a torch.Tensor: must be the same kind of array as q, a numpy"):
         cuflash.attention(q, k, to_torch(v))
-    with pytest.raises(InvalidTypeError, match=r"bias is a numpy.ndarray: must be the same kind of array as q, a torch"):
+    with pytest.raises(InvalidTypeError, match=r"bias is a numpy.ndarray: must be the same kind of array as q"):
         cuflash.attention(to_torch(q), to_torch(k), to_torch(v), bias=np.zeros(11))
     with pytest.raises(InvalidTypeError, match="lses are of kind torch: must be of kind numpy, as outs are"):
         cuflash.merge_states([q], [torch.zeros(2, 4, 9)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from typing import Any
 
@@ -21,6 +20,7 @@ from cuflash import (
     Options,
 )
 from cuflash.plan.config import CombineConfig, ForwardConfig
+from tests.fake_cupy import without_the_cuda_device
 
 Value, Shape, Type, Dtype = InvalidValueError, InvalidShapeError, InvalidTypeError, InvalidDtypeError
 SENTINEL = 7.0
@@ -186,7 +186,7 @@ VARLEN = {
     "group": (packed(q=zeros(9, 3, 8)), Shape, "3 heads must be a multiple of the 2 of k"),
     "integers": (packed(q=zeros(9, 4, 8, dtype=int)), Dtype, "q.dtype = int64: must be one of"),
     "not monotone": (packed(cu_seqlens_q=[0, 6, 4]), Value, r"cu_seqlens_q\[2\] = 4: must be >= cu_seqlens_q\[1\] = 6"),
-    "past the end": (packed(cu_seqlens_k=[0, 5, 8]), Value, r"cu_seqlens_k\[-1\] = 8: must be at most 7, the tokens of k"),
+    "past the end": (packed(cu_seqlens_k=[0, 5, 8]), Value, r"cu_seqlens_k\[-1\] = 8: must be at most 7, the"),
     "not from 0": (packed(cu_seqlens_q=[1, 4, 9]), Value, r"cu_seqlens_q\[0\] = 1: must be 0"),
     "negative": (packed(cu_seqlens_q=[0, -4, 9]), Value, r"cu_seqlens_q\[1\] = -4: must be >= cu_seqlens_q\[0\] = 0"),
     "floats": (packed(cu_seqlens_q=[0.0, 9.0]), Dtype, "cu_seqlens_q.dtype = float64: must be an integer dtype"),
@@ -196,7 +196,7 @@ VARLEN = {
     "ragged": (packed(cu_seqlens_k=[0, [1, 2]]), Type, r"cu_seqlens_k = \[0, \[1, 2\]\]: must be a flat sequence"),
     "a number": (packed(cu_seqlens_k=7), Type, "cu_seqlens_k is a int: must be"),
     "other length": (packed(cu_seqlens_k=[0, 7]), Shape, r"cu_seqlens_k.shape = \(2,\): must be \(3,\), that of cu_"),
-    "max_seqlen_q too small": (packed(max_seqlen_q=4), Value, "max_seqlen_q = 4: must be at least 5, the longest of cu_"),
+    "max_seqlen_q too small": (packed(max_seqlen_q=4), Value, "max_seqlen_q = 4: must be at least 5, the longest"),
     "max_seqlen_k too small": (packed(max_seqlen_k=0), Value, "max_seqlen_k = 0: must be at least 5, the longest"),
     "max_seqlen_k < 0": (packed(max_seqlen_k=-1), Value, "max_seqlen_k = -1: must be >= 0 or None"),
     "max_seqlen_q a float": (packed(max_seqlen_q=9.0), Type, "max_seqlen_q = 9.0: must be an integer >= 0"),
@@ -210,6 +210,11 @@ VARLEN = {
     "out of other shape": (packed(out=zeros(9, 4, 8)), Shape, r"out.shape = \(9, 4, 8\): must be \(9, 4, 3\)"),
     "options on the CPU": (packed(options=Options(num_splits=1)), Value, "options = .*: must be None on the CPU"),
 }
+
+def emulate(**keywords: Any) -> None:
+    with cuflash.emulate(**keywords):
+        pass
+
 
 OUT, LSE = zeros(2, 5, 4, 8), zeros(2, 4, 5)
 MERGE = {
@@ -248,18 +253,18 @@ MADE = {
         CombineConfig, {"state_dtype": "float64", "out_dtype": "float16", "head_dim_v": 8, "num_warps": 4},
         Value, "CombineConfig.state_dtype = 'float64': must be one of",
     ),
-    "unknown arch": (cuflash.EmulatedDevice, {"arch": "sm_75"}, Value, "arch = 'sm_75': must be one of sm_80"),
+    "unknown arch": (emulate, {"arch": "sm_75"}, Value, "arch = 'sm_75': must be one of sm_80"),
     "warp_order < 0": (
-        cuflash.EmulatedDevice, {"arch": "sm_80", "warp_order": -1}, Value, "warp_order = -1: must be >= 0 or None",
+        emulate, {"arch": "sm_80", "warp_order": -1}, Value, "warp_order = -1: must be >= 0 or None",
     ),
     "warp_order a str": (
-        cuflash.EmulatedDevice, {"arch": "sm_80", "warp_order": "a"}, Type, "warp_order = 'a': must be an int or",
+        emulate, {"arch": "sm_80", "warp_order": "a"}, Type, "warp_order = 'a': must be an int or",
     ),
-    "copies": (cuflash.EmulatedDevice, {"arch": "sm_80", "copies": "soon"}, Value, "copies = 'soon': must be 'late'"),
+    "copies": (emulate, {"arch": "sm_80", "copies": "soon"}, Value, "copies = 'soon': must be 'late'"),
     "check_races": (
-        cuflash.EmulatedDevice, {"arch": "sm_80", "check_races": 1}, Type, "check_races = 1: must be True or False",
+        emulate, {"arch": "sm_80", "check_races": 1}, Type, "check_races = 1: must be True or False",
     ),
-    "sm_count": (cuflash.EmulatedDevice, {"arch": "sm_80", "sm_count": 0}, Value, "sm_count = 0: must be >= 1 or"),
+    "sm_count": (emulate, {"arch": "sm_80", "sm_count": 0}, Value, "sm_count = 0: must be >= 1 or"),
 }
 
 
@@ -316,7 +321,7 @@ KERNELS = {
         {name: array.astype(float) for name, array in dense().items()}, Dtype, "q.dtype = float64: must be float16 or",
     ),
     "bias in float64": (half(bias=zeros(6, dtype=float)), Dtype, "bias.dtype = float64: must be float16, bfloat16, f"),
-    "head_dim 0": (half(q=zeros(2, 5, 4, 0, dtype=F16), k=zeros(2, 6, 2, 0, dtype=F16)), Shape, "q.shape.-1. = 0: must"),
+    "head_dim 0": (half(q=zeros(2, 5, 4, 0, dtype=F16), k=zeros(2, 6, 2, 0, dtype=F16)), Shape, "q.shape.-1. = 0: m"),
     "head_dim 513": (
         half(q=zeros(2, 5, 4, 513, dtype=F16), k=zeros(2, 6, 2, 513, dtype=F16)), Shape, "q.shape.-1. = 513: must be 1",
     ),
@@ -341,15 +346,15 @@ def test_kernels(case) -> None:
 def test_merge_states_on_kernels() -> None:
     with cuflash.emulate("sm_80"), expect(InvalidDtypeError, r"outs\[0\].dtype = float64: must be one of .* on sm_80"):
         cuflash.merge_states([OUT.astype(float)], [LSE])
-    with cuflash.emulate("sm_80"), expect(InvalidDtypeError, r"lses\[0\].dtype = float64: must be one of float32 on sm_80"):
+    with cuflash.emulate("sm_80"), expect(InvalidDtypeError, r"lses\[0\].dtype = float64: must be one of float32"):
         cuflash.merge_states([OUT], [LSE.astype(float)])
 
 
-def test_gpu_array_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cupy", None)
-    monkeypatch.delitem(sys.modules, "cuflash.device.cuda", raising=False)
-    with expect(DeviceError, r"q is on a GPU: .*install the extra .*cuflash\[cu12\] or cuflash\[cu13\]"):
-        cuflash.attention(**dense(q=Foreign(), k=Foreign(), v=Foreign()))
+def test_gpu_array_without_the_extra() -> None:
+    with without_the_cuda_device() as patch:
+        patch.setitem(sys.modules, "cupy", None)
+        with expect(DeviceError, r"q is on a GPU: .*install the extra .*cuflash\[cu12\] or cuflash\[cu13\]"):
+            cuflash.attention(**dense(q=Foreign(), k=Foreign(), v=Foreign()))
     with expect(DeviceError, r"q is on DLPack device \(7, 0\): must be on a CPU or a CUDA GPU"):
         cuflash.attention(**dense(q=OnVulkan(), k=OnVulkan(), v=OnVulkan()))
 
@@ -373,5 +378,4 @@ def test_errors_are_of_the_built_in_kinds() -> None:
 
 
 def test_there_are_enough_cases() -> None:
-    messages = [re.sub(r"\W", "", case[-1]) for table in (DENSE, VARLEN, MERGE, MADE, KERNELS) for case in table.values()]
-    assert len(messages) >= 130
+    assert sum(map(len, (DENSE, VARLEN, MERGE, MADE, KERNELS))) >= 130

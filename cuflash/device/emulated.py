@@ -163,7 +163,7 @@ class _Call:
 
     def _keep(self, array: Any) -> int:
         self._arrays.append(array)
-        return int(array.address)
+        return int(array.pointer)
 
     def copy_back(self) -> None:
         for host, copy in self._outputs:
@@ -171,7 +171,7 @@ class _Call:
 
     def free(self) -> None:
         for array in self._arrays:
-            array.free()
+            self._device.free(array)
 
 
 def _check(warp_order: object, copies: object, check_races: object, sm_count: object) -> None:

@@ -1,0 +1,148 @@
+"""The host side of the CUDA device, with a stand-in for CuPy: what reaches the GPU, and what does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cuflash
+from cuflash.errors import DeviceError, InvalidShapeError, InvalidValueError
+from cuflash.plan.params import COMBINE_PARAMS, FORWARD_PARAMS
+from tests.fake_cupy import FakeCupy, fake_cupy, ndarray
+
+
+@pytest.fixture
+def cupy() -> Iterator[FakeCupy]:
+    with fake_cupy() as module:
+        yield module
+
+
+def gpu(*shape: int, dtype: Any = np.float16, device_id: int = 0) -> ndarray:
+    return ndarray(np.ones(shape, dtype), device_id)
+
+
+def record(launch: tuple[Any, ...]) -> np.ndarray:
+    data = launch[4]
+    return np.frombuffer(data, FORWARD_PARAMS if len(data) == FORWARD_PARAMS.itemsize else COMBINE_PARAMS)[0]
+
+
+def test_a_call_is_one_launch_in_place(cupy: FakeCupy) -> None:
+    q, k, v = gpu(2, 300, 8, 64), gpu(2, 300, 2, 64), gpu(2, 300, 2, 64)
+    out, lse = cuflash.attention(q, k, v, causal=True, return_lse=True, options=cuflash.Options(num_splits=1))
+    assert type(out) is ndarray
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == ((2, 300, 8, 64), np.float16, (2, 8, 300), np.float32)
+    ((device, entry, grid, block, _, shared_bytes),) = cupy.launches
+    assert (device, grid[1:], block[1:]) == (0, (1, 1), (1, 1))
+    assert entry.startswith("cuflash_forward_d64_64_")
+    assert shared_bytes > 0
+    params = record(cupy.launches[0])
+    assert [params[name] for name in ("q", "k", "v", "o", "lse")] == [x.data.ptr for x in (q, k, v, out, lse)]
+    assert params["q_strides"].tolist() == [300 * 8 * 64, 8 * 64, 64]
+    assert params["lse_strides"].tolist() == [8 * 300, 300, 1]
+    assert (params["group"], params["right"], params["left"]) == (4, 0, 2**31 - 1)
+
+
+def test_a_later_call_prepares_and_loads_nothing(cupy: FakeCupy) -> None:
+    q, k, v = gpu(64, 4, 32), gpu(64, 4, 32), gpu(64, 4, 32)
+    first = cuflash.attention(q, k, v)
+    loads = list(cupy.loads)
+    again = cuflash.attention(gpu(64, 4, 32), k, v)
+    assert cupy.loads == loads
+    assert first.data.ptr != again.data.ptr
+    a, b = (record(launch) for launch in cupy.launches[:2])
+    assert a["q"] != b["q"]
+    assert a["k"] == b["k"]
+
+
+def test_a_configuration_loads_once(cupy: FakeCupy) -> None:
+    """Batch, strides and lengths are parameters, not constants, of a kernel."""
+    for batch, length in ((1, 2048), (3, 2048), (2, 2049), (1, 2111)):
+        q = gpu(batch, length, 16, 64)
+        cuflash.attention(q, q, q, options=cuflash.Options(num_splits=1))
+        cuflash.attention(q, q[:, ::-1], q[:, ::-1], options=cuflash.Options(num_splits=1))
+    assert len(cupy.launches) == 8
+    assert len(set(cupy.loads)) == len(cupy.loads)
+
+
+def test_split_keys_combine_in_workspaces(cupy: FakeCupy) -> None:
+    q, k = gpu(1, 4, 1, 64), gpu(1, 4096, 1, 64)
+    out = cuflash.attention(q, k, k, options=cuflash.Options(num_splits=3))
+    forward, combine = map(record, cupy.launches)
+    assert forward["num_splits"] == combine["num_states"] == 3
+    assert combine["o"] == out.data.ptr
+    assert combine["lse"] == 0
+    assert combine["states"][:3].tolist() == [int(forward["o"]) + i * 4 * 64 * 4 for i in range(3)]
+    assert combine["lses"][:3].tolist() == [int(forward["lse"]) + i * 4 * 4 for i in range(3)]
+    assert combine["rows"] == 4
+
+
+def test_the_arrays_device_is_used(cupy: FakeCupy) -> None:
+    arrays = [gpu(16, 2, 32, device_id=3) for _ in range(3)]
+    out = cuflash.attention(*arrays)
+    assert out.device_id == 3
+    assert {launch[0] for launch in cupy.launches} == {3}
+    assert cupy.current == 0
+
+
+def test_arrays_on_two_devices(cupy: FakeCupy) -> None:
+    with pytest.raises(DeviceError, match="v is on GPU 1: must be on GPU 0, as q is"):
+        cuflash.attention(gpu(16, 2, 32), gpu(16, 2, 32), gpu(16, 2, 32, device_id=1))
+    assert cupy.launches == []
+
+
+def test_offsets_on_the_device_are_not_read(cupy: FakeCupy) -> None:
+    q = gpu(40, 2, 32)
+    offsets = ndarray(np.array([0, 10, 40], np.int32))
+    cuflash.attention_varlen(q, q, q, offsets, offsets, options=cuflash.Options(num_splits=1))
+    params = record(cupy.launches[-1])
+    assert params["cu_seqlens_q"] == params["cu_seqlens_k"] == offsets.data.ptr
+    assert (params["batch"], params["seqlen_q"], params["total_q"]) == (2, 40, 40)
+    wide = ndarray(np.array([0, 10, 40], np.int64))
+    cuflash.attention_varlen(q, q, q, wide, [0, 10, 40], max_seqlen_q=30, max_seqlen_k=64)
+    params = record(cupy.launches[-1])
+    assert params["cu_seqlens_q"] != wide.data.ptr
+    assert (params["seqlen_q"], params["seqlen_k"]) == (30, 64)
+
+
+def test_offsets_on_the_device_need_a_bound_for_a_biased_axis(cupy: FakeCupy) -> None:
+    q, offsets = gpu(40, 2, 32), ndarray(np.array([0, 10, 40], np.int32))
+    with pytest.raises(InvalidValueError, match="max_seqlen_k = None: must be given, since cu_seqlens_k is on the GPU"):
+        cuflash.attention_varlen(q, q, q, offsets, offsets, bias=gpu(2, 1, 40))
+    with pytest.raises(InvalidShapeError, match=r"cu_seqlens_q.shape = \(1, 3\): must be \(batch \+ 1,\)"):
+        cuflash.attention_varlen(q, q, q, ndarray(np.zeros((1, 3), np.int32)), offsets)
+    with pytest.raises(DeviceError, match=r"cu_seqlens_k is a cupy.ndarray on a GPU: must be on the host or"):
+        cuflash.attention_varlen(q, q, q, offsets, ndarray(np.zeros(3, np.int32), 1))
+    host = np.ones((40, 2, 32), np.float32)
+    with pytest.raises(DeviceError, match=r"cu_seqlens_q is a cupy.ndarray on a GPU"):
+        cuflash.attention_varlen(host, host, host, offsets, [0, 10, 40])
+    assert cupy.launches == []
+
+
+def test_out_that_overlaps_on_the_gpu(cupy: FakeCupy) -> None:
+    """Addresses decide, without a look at the memory."""
+    buffer = gpu(16, 4, 2, 32)
+    q, k, v, out = (buffer[:, i] for i in range(4))
+    assert cuflash.attention(q, k, v, out=out) is out
+    with pytest.raises(InvalidValueError, match="out overlaps v: must not share memory with it"):
+        cuflash.attention(q, k, v, out=v)
+    assert len(cupy.launches) == 1
+
+
+def test_nothing_to_compute_launches_nothing(cupy: FakeCupy) -> None:
+    assert cuflash.attention(gpu(0, 2, 32), gpu(5, 2, 32), gpu(5, 2, 32)).shape == (0, 2, 32)
+    assert cupy.launches == []
+
+
+def test_merge_of_many_states_is_a_tree(cupy: FakeCupy) -> None:
+    states, lses = gpu(300, 7, 2, 16), gpu(300, 2, 7, dtype=np.float32)
+    out, lse = cuflash.merge_states(states, lses)
+    assert (out.shape, lse.shape) == ((7, 2, 16), (2, 7))
+    merges = [record(launch) for launch in cupy.launches]
+    assert [int(merge["num_states"]) for merge in merges] == [128, 128, 44, 3]
+    assert merges[0]["states"][1] - merges[0]["states"][0] == 7 * 2 * 16 * 2
+    assert merges[3]["states"][:3].tolist() == [merge["o"] for merge in merges[:3]]
+    assert merges[3]["o"] == out.data.ptr
+    assert len(cupy.loads) == 2  # float16 states, float32 states
