@@ -289,6 +289,8 @@ class _Parser:
 
 @lru_cache(maxsize=65536)
 def _plain_operand(text: str, is_register: bool) -> Operand:
+    if text[0] == "!":
+        return Reg(text[1:].strip(), True)
     if is_register or text[0] == "%" and "|" not in text:
         return Reg(text)
     if text == "_":
@@ -306,8 +308,6 @@ def _plain_operand(text: str, is_register: bool) -> Operand:
     if "|" in text:
         first, second = (part.strip() for part in text.split("|"))
         return Pair(_plain_operand(first, first[0] == "%"), _plain_operand(second, second[0] == "%"))
-    if text[0] == "!":
-        return Reg(text[1:].strip(), True)
     if match := INTEGER.match(text):
         return Imm(int(match[1] + match[2], 0))
     if text[:2] in ("0f", "0F"):

@@ -247,11 +247,10 @@ class BlockBuilder:
 
     def constant(self, value: object, kind: str) -> str:
         """A NumPy scalar constant of a kind, from Python number or raw bits (bytes)."""
-        name = f"c_{kind}_{value.hex() if isinstance(value, bytes) else value}".replace("-", "m")
-        if name not in self.constants:
-            dtype = np.dtype("?" if kind == "p" else kind)
-            scalar = np.frombuffer(value, dtype)[0] if isinstance(value, bytes) else np.array(value).astype(dtype)[()]
-            self.constants[name] = np.array(scalar)
+        dtype = np.dtype("?" if kind == "p" else kind)
+        scalar = np.frombuffer(value, dtype)[0] if isinstance(value, bytes) else np.array(value).astype(dtype)[()]
+        name = f"c_{kind}_{scalar.tobytes().hex()}"
+        self.constants.setdefault(name, np.array(scalar))
         return name
 
     def read(self, operand: Operand, kind: str) -> str:

@@ -71,8 +71,7 @@ def _carry(b: BlockBuilder, i: Instruction, m: Modifiers, k: str, values: list[s
     total = f"{x}.astype(U8) {'-' if minus else '+'} {y}" + (f" {'-' if minus else '+'} {carry}" if carry else "")
     wide = b.temporary(total)
     if m.flag("cc"):
-        b.write(Reg(CARRY), "u4", f"(({wide} >> c_u8_32) & c_u8_1).astype(U4)")
-        b.constant(32, "u8"), b.constant(1, "u8")
+        b.write(Reg(CARRY), "u4", f"(({wide} >> {b.constant(32, 'u8')}) & {b.constant(1, 'u8')}).astype(U4)")
     b.write(i.operands[0], "u4", f"{wide}.astype(U4)")
 
 

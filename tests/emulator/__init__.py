@@ -1,0 +1,1 @@
+"""Tests of the emulator alone: they use nothing else of cuflash."""
