@@ -173,7 +173,7 @@ def attention_varlen(
     kind, arrays = gather(_NAMES, (q, k, v, bias, out), _OPTIONAL)
     device = device_of(kind, _NAMES, arrays)
     q, k, v, bias, given_out = arrays[:5]
-    for name, array in zip(_NAMES[:3], arrays, strict=False):
+    for name, array in (("q", q), ("k", k), ("v", v)):
         check.check_packed_rank(name, array.shape)
     lengths = take_lengths(
         device,

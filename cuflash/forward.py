@@ -182,8 +182,10 @@ def _launch(
     if bias is not None:
         words[AT["bias"]] = call.read(bias, "bias")
     if cu_seqlens_q is not None:
-        words[AT["cu_seqlens_q"]] = call.read(device.indices(cu_seqlens_q), "cu_seqlens_q")
-        words[AT["cu_seqlens_k"]] = call.read(device.indices(cu_seqlens_k), "cu_seqlens_k")
+        # Kept until the launch: the pool would give a copy's memory to the next workspace.
+        cu_seqlens_q, cu_seqlens_k = device.indices(cu_seqlens_q), device.indices(cu_seqlens_k)
+        words[AT["cu_seqlens_q"]] = call.read(cu_seqlens_q, "cu_seqlens_q")
+        words[AT["cu_seqlens_k"]] = call.read(cu_seqlens_k, "cu_seqlens_k")
     o_address = call.write(out, "o")
     lse_address = 0 if lse is None else call.write(lse, "lse")
     split = launches.split

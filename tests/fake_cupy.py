@@ -7,6 +7,7 @@ happens between two calls. What kernels compute is tested on the emulated device
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
@@ -14,6 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from cuflash.plan.params import FORWARD_PARAMS
+from cuflash.records import address_words
+
+alive: weakref.WeakSet[ndarray] = weakref.WeakSet()  # memory of others may be given out again before a kernel runs
 
 
 class ndarray:
@@ -28,6 +34,7 @@ class ndarray:
             host.shape, host.strides, host.dtype, host.size, host.ndim,
         )
         self.data = SimpleNamespace(ptr=host.__array_interface__["data"][0], device_id=device_id)
+        alive.add(self)
         self.flags = SimpleNamespace(c_contiguous=host.flags.c_contiguous)
 
     def copy(self, order: str) -> ndarray:
@@ -74,7 +81,11 @@ class FakeCupy(ModuleType):
     def _launch(self, entry: str, grid: Any, block: Any, arguments: tuple[np.ndarray], shared_bytes: int) -> None:
         (record,) = arguments
         assert record.size == 1
-        self.launches.append((self.current, entry, grid, block, record.tobytes(), shared_bytes))
+        if record.nbytes == FORWARD_PARAMS.itemsize:
+            record = record.view(FORWARD_PARAMS)[0]
+            for field in address_words(FORWARD_PARAMS):
+                assert record[field] == 0 or record[field] in {array.data.ptr for array in alive}, f"{field} is freed"
+        self.launches.append((self.current, entry, grid, block, arguments[0].tobytes(), shared_bytes))
 
 
 class _Device:
