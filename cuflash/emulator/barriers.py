@@ -28,6 +28,8 @@ class Barriers:
         self.expected = np.zeros(shape, np.int64)
         self.members = np.zeros((*shape, machine.warps), bool)
         self.waiting = np.full((machine.blocks, machine.warps), -1, np.int64)
+        self.given = np.zeros((*shape, 2), np.int64)  # threads whose predicate held, threads that gave one, of a reduction
+        self.reduced = np.zeros((*shape, 2), np.int64)  # the same when the barrier last let go
         self.sites: dict[tuple[int, int], Site] = {}
 
     def arrive(self, lanes: Lanes, site: Site, number: np.ndarray, count: np.ndarray | None, wait: bool) -> bool:
@@ -36,7 +38,9 @@ class Barriers:
         every = machine.warps * 32
         if count is None and wait and np.ndim(number) == 0 and lanes.blocks is None and lanes.warps is None and not self.arrived.any():
             self._check_number(site, int(number))
-            machine.clocks.join(np.arange(machine.blocks), np.ones((machine.blocks, machine.warps), bool))
+            rows = np.arange(machine.blocks)
+            self.members[rows, int(number)] = True
+            self._release(rows, int(number))
             return True
         shape = lanes.shape[:2]
         rows, warps = (np.broadcast_to(x[:, :, 0], shape).reshape(-1) for x in (lanes.rows, lanes.warp))
@@ -62,8 +66,26 @@ class Barriers:
             self._release(np.unique(rows[complete & (numbers == each)]), int(each))
         return not (self.waiting >= 0).any()
 
+    def give(self, lanes: Lanes, number: np.ndarray, predicate: np.ndarray) -> None:
+        """Warps that are about to arrive add their predicates to the barrier's reduction."""
+        here = np.ones(lanes.shape, bool) if lanes.mask is None else lanes.mask
+        counts = np.stack([(np.broadcast_to(predicate, lanes.shape) & here).sum(-1), here.sum(-1)], -1)
+        rows = np.broadcast_to(lanes.rows[:, :, 0], lanes.shape[:2])
+        numbers = np.broadcast_to(number, lanes.shape)[..., 0]
+        np.add.at(self.given, (rows, numbers), counts)
+
+    def take(self, lanes: Lanes, number: np.ndarray, operation: str) -> np.ndarray:
+        """The reduction of the phase that has just ended."""
+        numbers = np.broadcast_to(number, lanes.shape)[..., :1]
+        held, all_of_them = np.moveaxis(self.reduced[lanes.rows, numbers], -1, 0)
+        if operation == "popc":
+            return held.astype(np.uint32)
+        return held > 0 if operation == "or" else held == all_of_them
+
     def _release(self, rows: np.ndarray, number: int) -> None:
         self.machine.clocks.join(rows, self.members[rows, number])
+        self.reduced[rows, number] = self.given[rows, number]
+        self.given[rows, number] = 0
         part = self.waiting[rows]
         self.waiting[rows] = np.where(part == number, -1, part)
         self.arrived[rows, number] = 0

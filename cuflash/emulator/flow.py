@@ -129,6 +129,8 @@ def _gather(item: Instruction) -> str | Operand | None:
         if "warp" not in item.modifiers:
             return "warp"
         return _mask(item.operands[0])
+    if item.opcode == "barrier_give":
+        return "warp"
     if item.opcode not in WARP_WIDE or "sync" not in item.modifiers:
         return None
     return _mask(item.operands[-1]) if item.opcode in ("shfl", "vote", "match", "redux") else "warp"
@@ -142,14 +144,29 @@ def _expand_guards(body: list[Instruction | str]) -> Iterator[Instruction | str]
     """Guards on instructions that end a block or gather a warp become branches around them."""
     for number, item in enumerate(body):
         ends = not isinstance(item, str) and (item.opcode in ("ret", "exit", "trap", "brx") or _gather(item) is not None)
-        if isinstance(item, str) or item.guard is None or not ends:
+        if isinstance(item, str):
             yield item
+            continue
+        if item.guard is None or not ends:
+            yield from _expand_reduction(item)
             continue
         skip = f"@skip{number}"
         guard = Reg(item.guard.name, not item.guard.negated)
         yield Instruction("bra", (), (Sym(skip),), guard, item.site)
-        yield replace(item, guard=None)
+        yield from _expand_reduction(replace(item, guard=None))
         yield skip
+
+
+def _expand_reduction(item: Instruction) -> Iterator[Instruction]:
+    """A barrier that reduces a predicate: every warp gives its part, waits, and takes the result."""
+    if item.opcode not in BARRIERS or "red" not in item.modifiers:
+        yield item
+        return
+    operation = next((m for m in item.modifiers if m in ("popc", "and", "or")), "?")
+    result, number, *count, predicate = item.operands
+    yield replace(item, opcode="barrier_give", modifiers=(), operands=(number, predicate))
+    yield replace(item, modifiers=("sync",), operands=(number, *count))
+    yield replace(item, opcode="barrier_take", modifiers=(operation,), operands=(result, number))
 
 
 # --- calls

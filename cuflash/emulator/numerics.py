@@ -291,6 +291,17 @@ def multiply_add64(a, b, c):
     return np.where(np.isfinite(result), result, plain)
 
 
+def directed(a, b, direction):
+    """float64 a + b to float32, rounded toward zero (rz), minus infinity (rm) or plus infinity (rp)."""
+    exact = odd_sum(a, b)
+    near = exact.astype(F4)
+    up, down = near.astype(F8) > exact, near.astype(F8) < exact
+    low = np.where(up, np.nextafter(near, np.float32(-np.inf)), near)
+    high = np.where(down, np.nextafter(near, np.float32(np.inf)), near)
+    result = {"rm": low, "rp": high, "rz": np.where(exact > 0, low, high)}[direction]
+    return np.where(np.isfinite(exact), result, near)
+
+
 def _two_sum(a, b):
     total = a + b
     part = total - a

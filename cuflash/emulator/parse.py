@@ -36,7 +36,7 @@ LOC = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+(\d+)(?:.*inlined_at\s+(\d+)\s+(\d+)\
 FUNCTION = re.compile(r"\.(entry|func)\s*(?:\((.*?)\)\s*)?([\w$]+)\s*(?:\((.*?)\))?(.*)$", re.S)
 INTEGER = re.compile(r"([+-]?)(0[xX][0-9a-fA-F]+|0[bB][01]+|\d+)U?$")
 ADDRESS = re.compile(r"\[\s*([\w$%.]+)?\s*(?:([+-])?\s*([+-]?\w+))?\s*\]$")
-STATEMENT_END = re.compile(r"[;{}]|^\s*[\w$%]+\s*:(?!:)")
+LINE_DIRECTIVES = {".loc", ".file", ".version", ".target", ".address_size", ".section"}
 
 
 def parse(text: str) -> Program:
@@ -72,7 +72,7 @@ class _Parser:
         """Read the statements that begin on line `number` (from 0); return the first line after them."""
         rest, start = self.lines[number].strip(), number
         while rest:
-            if rest.startswith(".") and rest.startswith((".loc", ".file", ".version", ".target", ".address_size", ".section")):
+            if rest[0] == "." and rest.split(None, 1)[0] in LINE_DIRECTIVES:
                 return self._line_directive(rest, number)
             if self.function is None and "{" not in rest and ";" not in rest:  # a header: up to its brace
                 number += 1

@@ -263,3 +263,24 @@ def test_saturation() -> None:
     x = np.array([-1.0, 0.25, 2.0, np.nan], np.float32)
     np.testing.assert_array_equal(evaluate("add.sat.f32 %d, %0, 0f00000000;", x, out="f4"), [0, 0.25, 1, 0])
     np.testing.assert_array_equal(evaluate("fma.rn.sat.f32 %d, %0, 0f3F800000, 0f00000000;", x, out="f4"), [0, 0.25, 1, 0])
+
+
+@np.errstate(all="ignore")
+def test_directed_rounding() -> None:
+    a, b, c = floats(400, 20, 10), floats(400, 21, 10), floats(400, 22, 10)
+    exact = {
+        "add": [Fraction(float(x)) + Fraction(float(y)) for x, y in zip(a, b, strict=True)],
+        "mul": [Fraction(float(x)) * Fraction(float(y)) for x, y in zip(a, b, strict=True)],
+        "fma": [Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z)) for x, y, z in zip(a, b, c, strict=True)],
+    }
+    for name, values in exact.items():
+        rest = ", %2" if name == "fma" else ""
+        for mode in ("rz", "rm", "rp"):
+            result = evaluate(f"{name}.{mode}.f32 %d, %0, %1{rest};", a, b, c, out="f4")
+            for got, want in zip(result, values, strict=True):
+                up = mode == "rp" or mode == "rz" and want < 0
+                beyond = np.nextafter(got, np.float32(-np.inf if up else np.inf))
+                if up:
+                    assert Fraction(float(got)) >= want > Fraction(float(beyond))
+                else:
+                    assert Fraction(float(got)) <= want < Fraction(float(beyond))

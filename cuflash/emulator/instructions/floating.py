@@ -31,14 +31,19 @@ def arithmetic(b: BlockBuilder, i: Instruction, m: Modifiers, t: str) -> None:
     """add, sub, mul, min, max, abs, neg, div, fma and mad of floating types."""
     b.count_class("floating")
     ftz, sat, relu = m.flag("ftz"), m.flag("sat"), m.flag("relu")
-    if m.option("rz", "rm", "rp"):
-        raise b.unsupported("only rounding to nearest even is supported in floating arithmetic")
+    direction = m.option("rz", "rm", "rp")
+    if direction and (t != "f32" or i.opcode not in ("add", "sub", "mul", "fma")):
+        raise b.unsupported(f"{i.opcode}.{direction}.{t} is not supported")
     m.flag("rn", "approx", "full")
     if i.opcode in ("abs", "neg") and not ftz:
         _sign(b, i, t)
         return
     values = [read(b, x, t, ftz) for x in i.operands[1:]]
     expression = _expression(b, i.opcode, values, t, m)
+    if direction:
+        x, y, *z = (f"{v}.astype(F8)" for v in values)
+        first, second = {"add": (x, y), "sub": (x, f"-{y}"), "mul": (f"{x} * {y}", "F8.type(0)")}.get(i.opcode, (f"{x} * {y}", *z))
+        expression = f"directed({first}, {second}, {direction!r})"
     if sat:
         expression = f"saturate({expression})"
     if relu:

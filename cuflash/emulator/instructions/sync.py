@@ -20,6 +20,21 @@ def warp_barrier(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     b.emit("X.order_warps()")
 
 
+@instruction("barrier_give")
+def barrier_give(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
+    """First part of bar.red: the warp adds its predicates."""
+    number, predicate = i.operands
+    b.emit(f"X.machine.barriers.give(X, {b.read(number, 'u4')}, {b.read(predicate, 'p')})")
+
+
+@instruction("barrier_take")
+def barrier_take(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
+    """Last part of bar.red: the reduction over all threads of the barrier."""
+    operation = m.one_of("popc", "and", "or")
+    result, number = i.operands
+    b.write(result, "u4" if operation == "popc" else "p", f"X.machine.barriers.take(X, {b.read(number, 'u4')}, {operation!r})")
+
+
 @instruction("membar", "fence")
 def fence(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     if m.flag("proxy"):

@@ -15,7 +15,7 @@ TABLE: dict[str, Handler] = {}
 
 # Instructions whose first operand is not a destination.
 NO_RESULT = {"st", "red", "cp", "bar", "barrier", "membar", "fence", "prefetch", "prefetchu", "discard", "applypriority",
-             "stmatrix", "nanosleep", "griddepcontrol", "pmevent", "brkpt"}  # fmt: skip
+             "stmatrix", "barrier_give", "nanosleep", "griddepcontrol", "pmevent", "brkpt"}  # fmt: skip
 
 
 def instruction(*opcodes: str) -> Callable[[Handler], Handler]:
