@@ -12,9 +12,10 @@ thread; the items run on several threads, and what an item computes does not dep
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 
 import numpy as np
 
@@ -28,7 +29,8 @@ MAX_PRODUCT = 2 * 4 * 65536 - 1
 MAX_MATVEC = 4 * 2304 - 1
 
 MAX_ROWS = 48  # queries of one product
-MAX_TILE_ROWS = 528  # queries of an item: its scores stay in a core's L2 cache
+MIN_ITEM_ROWS, MAX_ITEM_ROWS = 240, 528  # queries of an item: its scores stay in L2
+MIN_ITEMS = 32  # items are made small to have that many
 MAX_KEYS = 512
 SMALL = 2**16  # scores below which threads cost more than they save
 
@@ -36,6 +38,14 @@ SMALL = 2**16  # scores below which threads cost more than they save
 # and m = 0 is as exact as the running maximum.
 SAFE_SCORE = 32.0
 SAFE_VALUE = 2.0**40
+
+
+
+@cache
+def exp2_is_fast() -> bool:
+    """Whether NumPy's exp2 is vectorised on this machine; then it is faster than exp where no result is subnormal."""
+    targets = np.lib.introspect.opt_func_info("^exp2$", "float32")["exp2"].values()
+    return not any(target["current"].startswith("baseline") for target in targets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +89,19 @@ def forward(
     run_all(_items(problem, sequences), 1 if scores < SMALL else num_threads())
 
 
-def _sequences(problem, q, k, v, bias, cu_seqlens_q, cu_seqlens_k, out, lse) -> Iterator[_Sequence]:
-    if not problem.varlen:
+def _sequences(
+    problem: Problem,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    bias: np.ndarray | None,
+    cu_seqlens_q: np.ndarray | None,
+    cu_seqlens_k: np.ndarray | None,
+    out: np.ndarray,
+    lse: np.ndarray | None,
+) -> Iterator[_Sequence]:
+    """One per batch entry, or per sequence; what belongs to none is written here."""
+    if cu_seqlens_q is None or cu_seqlens_k is None:
         for b in range(problem.batch):
             own = None if bias is None else bias[b]
             yield _Sequence(q[b], k[b], v[b], own, out[b], None if lse is None else lse[b])
@@ -97,142 +118,155 @@ def _sequences(problem, q, k, v, bias, cu_seqlens_q, cu_seqlens_k, out, lse) -> 
 
 def _items(problem: Problem, sequences: list[_Sequence]) -> Iterator[Callable[[], None]]:
     """One item per tile of queries and head; those that share keys follow each other, the longest causal ones first."""
-    dtype = np.float64 if problem.dtype == "float64" else np.float32
+    wanted_rows = problem.num_heads * sum(s.q.shape[0] for s in sequences) // MIN_ITEMS
     for sequence in sequences:
         len_q, len_k = sequence.q.shape[0], sequence.k.shape[0]
         if len_q == 0:
             continue
-        rows = -(-len_q // -(-len_q // MAX_ROWS))
+        groups = -(-len_q // MAX_ROWS)
+        rows = -(-len_q // groups)
+        items = -(-len_q // min(MAX_ITEM_ROWS, max(MIN_ITEM_ROWS, wanted_rows)))
+        item_rows = -(-groups // items) * rows
         most = min(MAX_MATVEC, MAX_PRODUCT // max(1, problem.head_dim, problem.head_dim_v)) // rows
         tile = max(8, min(MAX_KEYS, most) // 8 * 8)
-        tile_rows = MAX_TILE_ROWS // rows * rows
-        begin, end = problem.key_range(0, len_q, len_q, len_k)
+        key_range = problem.key_range(0, len_q, len_q, len_k)
         for kv_head in range(problem.num_kv_heads):
-            keys = Keys(sequence.k[:, kv_head], sequence.v[:, kv_head], begin, end, tile, dtype)
+            keys = Keys(sequence.k[:, kv_head], sequence.v[:, kv_head], *key_range, tile, _sum_dtype(problem))
             for head in range(kv_head * problem.group, (kv_head + 1) * problem.group):
-                for first in reversed(range(0, len_q, tile_rows)):
-                    yield partial(_attend, problem, sequence, keys, head, first, min(first + tile_rows, len_q), rows, tile)
+                for begin in reversed(range(0, len_q, item_rows)):
+                    yield _Item(problem, sequence, keys, head, begin, min(begin + item_rows, len_q), rows).run
 
 
-def _attend(
-    problem: Problem, sequence: _Sequence, keys: Keys, head: int, begin: int, end: int, rows: int, tile: int
-) -> None:
-    """Queries [begin, end) of one head, as groups of `rows`; the last group is padded with zeros."""
-    keys.pack()
-    dtype = np.float64 if problem.dtype == "float64" else np.float32
-    groups = -(-(end - begin) // rows)
-    q = np.zeros((groups * rows, problem.head_dim), dtype)
-    q[: end - begin] = sequence.q[begin:end, head]
-    q *= problem.scale / problem.softcap if problem.softcap else problem.scale
-    bound = float(np.sqrt(np.einsum("nd,nd->n", q, q).max())) * keys.norm
-    if problem.softcap:
-        bound = problem.softcap
-    state = _State(
-        q.reshape(groups, rows, -1),
-        problem.head_dim_v,
-        tile,
-        online=not (sequence.bias is None and bound <= SAFE_SCORE and keys.v_max <= SAFE_VALUE),
-    )
-    len_q, len_k = sequence.q.shape[0], sequence.k.shape[0]
-    for key_tile in keys.tiles(*problem.key_range(begin, end, len_q, len_k)):
-        state.add(problem, sequence, head, begin, key_tile)
-    out, lse = state.finish()
-    sequence.out[begin:end, head] = out[: end - begin]
-    if sequence.lse is not None:
-        sequence.lse[head, begin:end] = lse[: end - begin]
+def _sum_dtype(problem: Problem) -> type:
+    return np.float64 if problem.dtype == "float64" else np.float32
 
 
-class _State:
-    """Unnormalised output O, row sums l and, if online, row maxima m of a tile of queries (groups, rows, head_dim)."""
+class _Item:
+    """Queries [begin, end) of one head against all their keys.
 
-    def __init__(self, q: np.ndarray, head_dim_v: int, tile: int, online: bool) -> None:
-        groups, rows, _ = q.shape
-        self.q, self.online = q, online
-        self.o = np.zeros((groups, rows, head_dim_v), q.dtype)
-        self.l = np.zeros((groups, rows), q.dtype)
-        self.m = np.full((groups, rows), -np.inf if online else 0, q.dtype)
-        self._s = np.empty(groups * rows * tile, q.dtype)
-        self._pv = np.empty_like(self.o)
-        self._ones = np.ones(tile, q.dtype)
+    The queries are groups of `rows`, the last padded with zeros: Q (groups, rows, head_dim), unnormalised output
+    O (groups, rows, head_dim_v), row sums l and maxima m (groups, rows).
+    """
 
-    def add(self, problem: Problem, sequence: _Sequence, head: int, begin: int, tile: KeyTile) -> None:
+    def __init__(
+        self, problem: Problem, sequence: _Sequence, keys: Keys, head: int, begin: int, end: int, rows: int
+    ) -> None:
+        self.problem, self.sequence, self.keys, self.head = problem, sequence, keys, head
+        self.begin, self.end, self.rows = begin, end, rows
+        # Query `begin` sees keys low to high of an unbounded sequence, each later one one further.
+        diagonal = begin + sequence.k.shape[0] - sequence.q.shape[0]
+        self.low = None if problem.left is None else diagonal - problem.left
+        self.high = None if problem.right is None else diagonal + problem.right
+
+    def run(self) -> None:
+        problem, sequence = self.problem, self.sequence
+        self.keys.pack()
+        self._begin_state()
+        len_q, len_k = sequence.q.shape[0], sequence.k.shape[0]
+        for tile in self.keys.tiles(*problem.key_range(self.begin, self.end, len_q, len_k)):
+            self._add(tile)
+        count = self.end - self.begin
+        if sequence.lse is not None:
+            sequence.lse[self.head, self.begin : self.end] = (self.m + np.log(self.l)).reshape(-1)[:count]
+        self.o /= np.where(self.l == 0, 1, self.l)[:, :, None]  # a row that sees nothing: O = 0, lse = -inf
+        sequence.out[self.begin : self.end, self.head] = self.o.reshape(-1, problem.head_dim_v)[:count]
+
+    def _begin_state(self) -> None:
+        problem, dtype = self.problem, _sum_dtype(self.problem)
+        groups = -(-(self.end - self.begin) // self.rows)
+        q = np.zeros((groups * self.rows, problem.head_dim), dtype)
+        q[: self.end - self.begin] = self.sequence.q[self.begin : self.end, self.head]
+        q *= problem.scale / (problem.softcap or 1)
+        bound = problem.softcap or float(np.sqrt(np.einsum("nd,nd->n", q, q).max())) * self.keys.norm
+        self.online = self.sequence.bias is not None or not (bound <= SAFE_SCORE and self.keys.v_max <= SAFE_VALUE)
+        self.exp, unit = (np.exp, 1.0) if self.online or not exp2_is_fast() else (np.exp2, math.log2(math.e))
+        self.softcap = problem.softcap * unit
+        if not self.softcap:
+            q *= unit
+        self.q = q.reshape(groups, self.rows, -1)
+        self.o = np.zeros((*self.q.shape[:2], problem.head_dim_v), dtype)
+        self.l = np.zeros(self.q.shape[:2], dtype)
+        self.m = np.full(self.q.shape[:2], -np.inf if self.online else 0, dtype)
+        self.scores = np.empty(groups * self.rows * self.keys.tile, dtype)
+        self.pv, self.row_sums = np.empty_like(self.o), np.empty_like(self.l)
+        self.ones = np.ones(self.keys.tile, dtype)
+
+    def _add(self, tile: KeyTile) -> None:
         """One tile of keys. Groups that see none of them are left out; only those on an edge are masked."""
-        groups, rows, _ = self.q.shape
-        n = tile.end - tile.begin
-        # Row i of group 0 sees keys of this tile from column i + low to i + high.
-        diagonal = begin + sequence.k.shape[0] - sequence.q.shape[0] - tile.begin
-        low = None if problem.left is None else diagonal - problem.left
-        high = None if problem.right is None else diagonal + problem.right
-        first = 0 if high is None else max(0, -high // rows)
-        last = groups if low is None else min(groups, (n - 1 - low) // rows + 1)
-        if first >= last:
-            return
-        s = self._s[: (last - first) * rows * n].reshape(last - first, rows, n)
-        np.matmul(self.q[first:last], tile.k_t, out=s)  # S = scale Q Kᵀ
-        if problem.softcap:
+        n, rows = tile.end - tile.begin, self.rows
+        q, o, l_i, m_i, pv, row_sums = self.q, self.o, self.l, self.m, self.pv, self.row_sums
+        first, low, high = 0, self.low, self.high
+        if low is not None or high is not None:
+            low = None if low is None else low - tile.begin
+            high = None if high is None else high - tile.begin
+            first = 0 if high is None else max(0, -high // rows)
+            last = len(q) if low is None else min(len(q), (n - 1 - low) // rows + 1)
+            if first >= last:
+                return
+            if last - first < len(q):
+                q, o, l_i, m_i, pv, row_sums = (x[first:last] for x in (q, o, l_i, m_i, pv, row_sums))
+        s = self.scores[: len(q) * rows * n].reshape(len(q), rows, n)
+        np.matmul(q, tile.k_t, out=s)  # S = scale Q Kᵀ
+        if self.softcap:
             np.tanh(s, out=s)
-            s *= problem.softcap
-        if sequence.bias is not None:
-            _add_bias(s, sequence.bias[head, begin + first * rows : sequence.q.shape[0], tile.begin : tile.end])
+            s *= self.softcap
+        if self.sequence.bias is not None:
+            begin = self.begin + first * rows
+            end = min(begin + len(q) * rows, self.end)
+            _add_bias(s, self.sequence.bias[self.head, begin:end, tile.begin : tile.end])
         if self.online:
             _hide(s, low, high, first, -np.inf)
-            self._shift(s, slice(first, last))
-        np.exp(s, out=s)
+            _subtract_maxima(s, m_i, l_i, o)
+        self.exp(s, out=s)
         if not self.online:
             _hide(s, low, high, first, 0)
-        o, pv = self.o[first:last], self._pv[first:last]
-        self.l[first:last] += np.matmul(s, self._ones[:n])  # l += P 1
+        l_i += np.matmul(s, self.ones[:n], out=row_sums)  # l_i += P 1
         o += np.matmul(s, tile.v, out=pv)  # O += P V
         for j, value in tile.odd_rows:  # 0 * NaN is NaN: only rows that see the key take part
             weight = s[:, :, j]
             o[weight > 0] += weight[weight > 0, None] * value
 
-    def _shift(self, s: np.ndarray, part: slice) -> None:
-        """S -= m for the running row maxima m, which rescales l and O where they grow."""
-        m = np.maximum(self.m[part], s.max(axis=2))
-        finite = np.where(np.isneginf(m), 0, m)
-        factor = np.exp(self.m[part] - finite)
-        self.m[part] = m
-        s -= finite[:, :, None]
-        if (factor != 1).any():
-            self.l[part] *= factor
-            self.o[part] *= factor[:, :, None]
 
-    def finish(self) -> tuple[np.ndarray, np.ndarray]:
-        """O / l (rows, head_dim_v) and lse = m + log l (rows,); 0 and -inf for rows that see nothing."""
-        lse = self.m + np.log(self.l)
-        self.o /= np.where(self.l == 0, 1, self.l)[:, :, None]
-        return self.o.reshape(self.l.size, -1), lse.reshape(-1)
+def _subtract_maxima(s: np.ndarray, m_i: np.ndarray, l_i: np.ndarray, o: np.ndarray) -> None:
+    """Update the running row maxima m_i, S -= m_i, and rescale l_i and O where m_i grew."""
+    before = m_i.copy()
+    np.maximum(m_i, s.max(axis=2), out=m_i)
+    finite = np.where(np.isneginf(m_i), 0, m_i)
+    s -= finite[:, :, None]
+    factor = np.exp(before - finite)
+    if (factor != 1).any():
+        l_i *= factor
+        o *= factor[:, :, None]
 
 
 def _add_bias(s: np.ndarray, bias: np.ndarray) -> None:
-    """S += bias (queries from the first row of s on, keys); broadcast axes are read once."""
-    flat = s.reshape(-1, s.shape[2])
-    bias = bias[: flat.shape[0]]
-    count = bias.shape[0]
+    """S += bias (queries of s less the padding, keys); a broadcast axis is read once."""
+    count = len(bias)
     bias = bias[tuple(slice(1) if stride == 0 else slice(None) for stride in bias.strides)]
-    flat[:count] += bias.astype(s.dtype, copy=False)
+    s.reshape(-1, s.shape[2])[:count] += bias.astype(s.dtype, copy=False)
 
 
 def _hide(s: np.ndarray, low: int | None, high: int | None, first: int, value: float) -> None:
-    """Set what lies outside of the window in s (groups, rows, n), whose first group is the tile's group `first`."""
+    """Set s (groups, rows, n) to `value` outside of the window: row i of the item sees columns i + low to i + high.
+
+    `first` is the item's group with which s begins.
+    """
     groups, rows, n = s.shape
     if high is not None:
-        edge = high + first * rows  # row i sees columns j <= i + edge: rows from n - 1 - edge on see all
-        partial_groups = min(groups, -(-(n - 1 - edge) // rows))
-        if partial_groups > 0:
-            part = s[:partial_groups]
-            np.copyto(part, value, where=_by_diagonal(part.shape, np.arange(1 - partial_groups * rows, n) > edge))
+        high += first * rows
+        end = min(groups, -(-(n - 1 - high) // rows))  # rows from n - 1 - high on see every column
+        if end > 0:
+            np.copyto(s[:end], value, where=_by_diagonal(np.arange(1 - end * rows, n) > high, (end, rows, n)))
     if low is not None:
-        edge = low + first * rows  # row i sees columns j >= i + edge: rows up to -edge see all
-        begin = max(0, (1 - edge) // rows)
+        low += first * rows
+        begin = max(0, (1 - low) // rows)  # rows up to -low see every column
         if begin < groups:
-            part = s[begin:]
-            edge += begin * rows
-            np.copyto(part, value, where=_by_diagonal(part.shape, np.arange(1 - len(part) * rows, n) < edge))
+            shape = (groups - begin, rows, n)
+            hidden = np.arange(1 - shape[0] * rows, n) < low + begin * rows
+            np.copyto(s[begin:], value, where=_by_diagonal(hidden, shape))
 
 
-def _by_diagonal(shape: tuple[int, ...], diagonals: np.ndarray) -> np.ndarray:
-    """A Toeplitz view (groups, rows, n): element (i, j), i counted over all groups, is that of diagonal j - i."""
+def _by_diagonal(diagonals: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """A Toeplitz view (groups, rows, n): row i, counted over the groups, and column j have the element of j - i."""
     groups, rows, _ = shape
     return np.ndarray(shape, bool, diagonals, groups * rows - 1, (-rows, -1, 1))

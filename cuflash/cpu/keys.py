@@ -23,11 +23,13 @@ class Keys:
     """Keys [begin, end) of one head, packed by the first work item that needs them and shared by all.
 
     k (seqlen_k, head_dim) and v (seqlen_k, head_dim_v) have any strides and dtype. Keys outside of the range are
-    never read. `norm` is the largest Euclidean norm of a key, `v_max` the largest |v|; NaN and inf show in both.
+    never read. `tile` is the number of keys of a tile, `norm` the largest Euclidean norm of a key, `v_max` the largest
+    |v|; NaN and inf show in both.
     """
 
     def __init__(self, k: np.ndarray, v: np.ndarray, begin: int, end: int, tile: int, dtype: type) -> None:
-        self._k, self._v, self._begin, self._end, self._tile, self._dtype = k, v, begin, end, tile, dtype
+        self.tile = tile
+        self._k, self._v, self._begin, self._end, self._dtype = k, v, begin, end, dtype
         self._lock = Lock()
         self._packed = False
 
@@ -40,8 +42,8 @@ class Keys:
     def _pack(self) -> None:
         self._k_tiles = []
         squares = [0.0]
-        for begin in range(self._begin, self._end, self._tile):
-            k = self._k[begin : min(begin + self._tile, self._end)].astype(self._dtype)
+        for begin in range(self._begin, self._end, self.tile):
+            k = self._k[begin : min(begin + self.tile, self._end)].astype(self._dtype)
             squares.append(np.einsum("nd,nd->n", k, k).max())
             self._k_tiles.append(np.ascontiguousarray(k.T))
         self.norm = float(np.sqrt(np.max(squares)))
@@ -56,15 +58,12 @@ class Keys:
     def tiles(self, begin: int, end: int) -> Iterator[KeyTile]:
         """The tiles that hold keys [begin, end), a part of what is packed."""
         while begin < end:
-            index = (begin - self._begin) // self._tile
-            first = self._begin + index * self._tile
-            last = min(first + self._tile, end)
-            odd = [(i - begin, v) for i, v in self._odd if begin <= i < last]
-            yield KeyTile(
-                begin,
-                last,
-                self._k_tiles[index][:, begin - first : last - first],
-                self._v_rows[begin - self._begin : last - self._begin],
-                odd,
-            )
+            index = (begin - self._begin) // self.tile
+            first = self._begin + index * self.tile
+            last = min(first + self.tile, end)
+            k_t = self._k_tiles[index]
+            if k_t.shape[1] != last - begin:
+                k_t = k_t[:, begin - first : last - first]
+            odd = [(i - begin, value) for i, value in self._odd if begin <= i < last]
+            yield KeyTile(begin, last, k_t, self._v_rows[begin - self._begin : last - self._begin], odd)
             begin = last

@@ -43,7 +43,8 @@ def run_all(items: Iterator[Callable[[], None]], threads: int) -> None:
                     raise
 
     if threads == 1:
-        return work()
+        work()
+        return
     with ThreadPoolExecutor(threads - 1) as pool:
         others = [pool.submit(work) for _ in range(threads - 1)]
         work()
