@@ -27,7 +27,7 @@ from cuflash.plan.arch import Arch, arch_named
 from cuflash.plan.config import ForwardConfig, round_up
 from cuflash.plan.forward import ForwardPlan, plan_forward
 from cuflash.plan.gpus import Gpu
-from cuflash.plan.traffic import forward_traffic
+from cuflash.plan.traffic import forward_traffic, query_tiles
 from cuflash.problem import Problem
 
 DTYPE_BYTES = {name: dtype.itemsize for dtype, name in check.DTYPE_NAMES.items()}
@@ -185,6 +185,7 @@ def flash_forward(
     `bias_elements` is the number of elements that the bias has, which `dram_bytes` counts once; by default one per
     visible (query, key) pair.
     """
+    seqlens = sequence_lengths(problem, cu_seqlens_q, cu_seqlens_k)
     packing = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     read: Counter[str] = Counter()
     written: Counter[str] = Counter()
@@ -194,7 +195,7 @@ def flash_forward(
     partial = sum(written[name] for name in ("o_partial", "lse_partial"))
     once = compulsory_bytes(problem, return_lse=return_lse, bias_elements=bias_elements, **packing)
     config = cast(ForwardConfig, plan.forward.config)
-    visits = tile_visits(problem, config, sequence_lengths(problem, cu_seqlens_q, cu_seqlens_k))
+    visits = tile_visits(problem, config, seqlens)
     tile = config.block_m * config.block_n
     return Cost(
         read=dict(read),
@@ -210,12 +211,11 @@ def flash_forward(
 
 def tile_visits(problem: Problem, config: ForwardConfig, seqlens: Sequence[tuple[int, int]]) -> int:
     """How many (query tile, key tile) pairs the kernel computes, over heads and chunks of output columns."""
-    visits = 0
-    for (len_q, len_k), count in Counter(seqlens).items():
-        for row in range(0, len_q, config.block_m):
-            begin, end = problem.key_range(row, min(row + config.block_m, len_q), len_q, len_k)
-            if begin < end:
-                visits += count * (-(-end // config.block_n) - begin // config.block_n)
+    visits = sum(
+        count * tile.key_tiles
+        for lengths, count in Counter(seqlens).items()
+        for tile in query_tiles(problem, config, *lengths)
+    )
     return visits * problem.num_heads * -(-config.head_dim_v // config.block_dv)
 
 

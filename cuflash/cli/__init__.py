@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from cuflash.cli import compile, info
+from cuflash.cli import compile, explain, info
 from cuflash.errors import CuflashError
 
-COMMANDS = (info, compile)
+COMMANDS = (info, compile, explain)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
