@@ -99,6 +99,7 @@ class SharedHistory:
         self._note_read(lanes, pieces, wide, mask, together)
 
     def _note_read(self, lanes: Lanes, pieces: np.ndarray, wide: bool, mask: np.ndarray | None, together: bool) -> None:
+        together = together or mask is None and np.shape(pieces)[2] == 1  # one address for the whole warp
         warp, lane = lanes.warp, lanes.tid & 31
         now = self.clocks.time[lanes.rows[:, :, 0], lanes.warp[:, :, 0]][:, :, None] << LANE_BITS
         warp, now = lanes.pick(warp, mask), lanes.pick(now | (MANY if together else lane), mask)
@@ -184,10 +185,10 @@ class SharedHistory:
             raise self._race(lanes, site, offsets, bad.any(-1), who, wide, mask, "write", "a read by")
 
     def _race(self, lanes, site, offsets, bad, other, wide, mask, verb, what):  # type: ignore[no-untyped-def]
-        bad = np.broadcast_to(bad, other.shape)
-        first = int(np.asarray(other).reshape(-1)[np.flatnonzero(bad.reshape(-1))[0]]) & THREAD_MASK
+        bad, other = np.broadcast_arrays(bad, other)
+        first = int(other.reshape(-1)[np.flatnonzero(bad.reshape(-1))[0]]) & THREAD_MASK
         thread = lanes.machine.thread_coordinates(first)
-        flat = np.reshape(offsets, -1)
+        flat = np.broadcast_to(offsets, bad.shape[:-1] if wide else bad.shape).reshape(-1)
         return lanes.fault(
             Race,
             site,

@@ -200,9 +200,11 @@ class BlockBuilder:
         return [head, *(" " + line for line in [*self.lines, tail])]
 
     def _instruction(self, item: Instruction) -> None:
-        handler = TABLE.get(item.opcode)
-        if handler is None:
+        if item.opcode not in TABLE:
             raise UnsupportedInstruction(f"instruction {item.opcode} is not supported", item.site)
+        handler, counts = TABLE[item.opcode]
+        if len(item.operands) not in counts:
+            raise UnsupportedInstruction(f"{item.opcode} with {len(item.operands)} operands is not supported", item.site)
         self.current = item
         self.guard = self.predicate(item.guard) if item.guard is not None else None
         modifiers = Modifiers(item)

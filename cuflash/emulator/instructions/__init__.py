@@ -2,7 +2,7 @@
 
 A handler takes the block builder, the instruction and its modifiers, and writes Python through the builder. To add an instruction, write
 
-    @instruction("opcode")
+    @instruction("opcode", operands=2)
     def opcode(b, i, m):
         t = m.type()
         b.write(i.operands[0], KINDS[t], f"... {b.read(i.operands[1], KINDS[t])} ...")

@@ -15,7 +15,7 @@ FLOATS = floating_types = ("f16", "bf16", "f32", "f64")
 TO_INTEGER = {"rni": "rint", "rzi": "trunc", "rmi": "floor", "rpi": "ceil"}
 
 
-@instruction("cvt")
+@instruction("cvt", operands=(2, 3))
 def cvt(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     b.count_class("conversion")
     rounding = m.option("rni", "rzi", "rmi", "rpi", "rn", "rz", "rna", "rm", "rp")

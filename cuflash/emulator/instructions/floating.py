@@ -89,7 +89,7 @@ APPROXIMATE = {
 }
 
 
-@instruction(*APPROXIMATE)
+@instruction(*APPROXIMATE, operands=2)
 def function(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     """The functions of the special function unit, exact here to the last bit or so of float32 instead of approximate."""
     approx, ftz = m.flag("approx", "rn"), m.flag("ftz")
@@ -105,14 +105,14 @@ def function(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     write(b, i.operands[0], t, expression, ftz)
 
 
-@instruction("copysign")
+@instruction("copysign", operands=3)
 def copy_sign(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     t = m.type()
     b.count_class("floating")
     b.write(i.operands[0], KINDS[t], f"copysign({read(b, i.operands[2], t)}, {read(b, i.operands[1], t)})")
 
 
-@instruction("testp")
+@instruction("testp", operands=2)
 def testp(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     what = m.one_of("finite", "infinite", "number", "notanumber", "normal", "subnormal")
     t = m.type()

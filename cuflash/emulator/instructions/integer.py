@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 FLOATS = {"f16", "f16x2", "bf16", "bf16x2", "f32", "f64"}
 
 
-@instruction("add", "sub", "mul", "min", "max", "abs", "neg", "div", "mad", "fma", "addc", "subc", "madc")
+@instruction("add", "sub", "mul", "div", "addc", "subc", operands=3)
+@instruction("min", "max", operands=(3, 4))
+@instruction("mad", "fma", "madc", operands=4)
+@instruction("abs", "neg", operands=2)
 def arithmetic(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     part = m.option("lo", "hi", "wide")
     t = m.type()
@@ -75,14 +78,15 @@ def _carry(b: BlockBuilder, i: Instruction, m: Modifiers, k: str, values: list[s
     b.write(i.operands[0], "u4", f"{wide}.astype(U4)")
 
 
-@instruction("rem")
+@instruction("rem", operands=3)
 def rem(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     k = KINDS[m.type()]
     b.count_class("integer")
     b.write(i.operands[0], k, f"remainder({b.read(i.operands[1], k)}, {b.read(i.operands[2], k)}, '{k}')")
 
 
-@instruction("mul24", "mad24")
+@instruction("mul24", operands=3)
+@instruction("mad24", operands=4)
 def mul24(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     m.one_of("lo")
     k = KINDS[m.type()]
@@ -93,7 +97,7 @@ def mul24(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     b.write(i.operands[0], k, f"{x} * {y}{add}")
 
 
-@instruction("sad")
+@instruction("sad", operands=4)
 def sad(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     k = KINDS[m.type()]
     b.count_class("integer")
@@ -101,7 +105,8 @@ def sad(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     b.write(i.operands[0], k, f"(maximum({x}, {y}) - minimum({x}, {y})) + {c}")
 
 
-@instruction("and", "or", "xor", "not", "cnot")
+@instruction("and", "or", "xor", operands=3)
+@instruction("not", "cnot", operands=2)
 def logic(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     k = KINDS[m.type()]
     b.count_class("integer")
@@ -113,7 +118,7 @@ def logic(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
         b.write(i.operands[0], k, f"~{x}" if i.opcode == "not" else f"({x} == 0).astype({k.upper()})")
 
 
-@instruction("shl", "shr")
+@instruction("shl", "shr", operands=3)
 def shift(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     k = KINDS[m.type()]
     b.count_class("integer")
@@ -125,7 +130,7 @@ def shift(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
         b.write(i.operands[0], k, f"{name}({x}, {b.read(count, 'u4')})")
 
 
-@instruction("shf")
+@instruction("shf", operands=4)
 def shf(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     side = m.one_of("l", "r")
     wrap = m.one_of("wrap", "clamp") == "wrap"
@@ -135,7 +140,7 @@ def shf(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     b.write(i.operands[0], k, f"funnel_{'left' if side == 'l' else 'right'}({low}, {high}, {count}, {wrap}).view({k.upper()})")
 
 
-@instruction("lop3")
+@instruction("lop3", operands=5)
 def lop3(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     m.type()
     b.count_class("integer")
@@ -146,7 +151,7 @@ def lop3(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     b.write(i.operands[0], "u4", f"lop3({x}, {y}, {z}, {table.value & 255})")
 
 
-@instruction("bfe")
+@instruction("bfe", operands=4)
 def bfe(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     k = KINDS[m.type()]
     b.count_class("integer")
@@ -154,7 +159,7 @@ def bfe(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     b.write(i.operands[0], k, f"bit_field({x}, {start}, {length}, '{k}')")
 
 
-@instruction("bfi")
+@instruction("bfi", operands=5)
 def bfi(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     k = KINDS[m.type()]
     b.count_class("integer")
@@ -162,7 +167,7 @@ def bfi(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     b.write(i.operands[0], k, f"insert_field({x}, {y}, {start}, {length})")
 
 
-@instruction("bmsk")
+@instruction("bmsk", operands=3)
 def bmsk(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     wrap = m.one_of("clamp", "wrap") == "wrap"
     m.type()
@@ -175,7 +180,7 @@ def bmsk(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     b.write(i.operands[0], "u4", f"shift_left(~shift_left({ones}, {length}) | {zero}, {start})")
 
 
-@instruction("popc", "clz", "brev")
+@instruction("popc", "clz", "brev", operands=2)
 def bit_count(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     k = KINDS[m.type()]
     b.count_class("integer")
@@ -183,7 +188,7 @@ def bit_count(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     b.write(i.operands[0], k if i.opcode == "brev" else "u4", f"{name}({b.read(i.operands[1], k)})")
 
 
-@instruction("bfind")
+@instruction("bfind", operands=2)
 def bfind(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     amount = m.flag("shiftamt")
     k = KINDS[m.type()]
@@ -191,7 +196,7 @@ def bfind(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     b.write(i.operands[0], "u4", f"find_bit({b.read(i.operands[1], k)}, '{k}', {amount})")
 
 
-@instruction("prmt")
+@instruction("prmt", operands=4)
 def prmt(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     m.type()
     mode = m.option("f4e", "b4e", "rc8", "ecl", "ecr", "rc16")
@@ -200,7 +205,7 @@ def prmt(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     b.write(i.operands[0], "u4", f"permute_bytes({x}, {y}, {selector}, {mode!r})")
 
 
-@instruction("mov")
+@instruction("mov", operands=2)
 def mov(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     t = m.type()
     b.count_class("move")
@@ -232,7 +237,7 @@ def _pack(b: BlockBuilder, values: list[str], part: int, k: str) -> str:
     return f"({' | '.join(terms)})" + (f".view({k.upper()})" if k != wide else "")
 
 
-@instruction("cvta")
+@instruction("cvta", operands=2)
 def cvta(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     """Between an address in a space and a generic address: the space's window is added or taken away."""
     to = m.flag("to")
@@ -245,7 +250,7 @@ def cvta(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     b.write(i.operands[0], k, f"{value} {'-' if to else '+'} {b.constant(b.windows[space], k)}" if b.windows[space] else value)
 
 
-@instruction("isspacep")
+@instruction("isspacep", operands=2)
 def isspacep(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     space = m.one_of("global", "shared", "local", "const", "param")
     b.count_class("integer")
@@ -277,7 +282,7 @@ def _compare(b: BlockBuilder, i: Instruction, m: Modifiers, t: str, how: str) ->
 HOW = ("eq", "ne", "lt", "le", "gt", "ge", "lo", "ls", "hi", "hs", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan")
 
 
-@instruction("setp")
+@instruction("setp", operands=(3, 4))
 def setp(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     how = m.one_of(*HOW)
     join = m.option("and", "or", "xor")
@@ -300,7 +305,7 @@ def _packed_setp(b: BlockBuilder, results: tuple, value: str, other: str | None,
         b.write(target, "p", f"{each} {sign} {other}" if other else each)
 
 
-@instruction("set")
+@instruction("set", operands=(3, 4))
 def set_(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     how = m.one_of(*HOW)
     join = m.option("and", "or", "xor")
@@ -316,14 +321,14 @@ def set_(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     b.write(i.operands[0], KINDS[result], f"choose({value}, {yes}, {no})")
 
 
-@instruction("selp")
+@instruction("selp", operands=4)
 def selp(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     k = KINDS[m.type()]
     b.count_class("move")
     b.write(i.operands[0], k, f"choose({b.read(i.operands[3], 'p')}, {b.read(i.operands[1], k)}, {b.read(i.operands[2], k)})")
 
 
-@instruction("slct")
+@instruction("slct", operands=4)
 def slct(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     ftz = m.flag("ftz")
     k, by = KINDS[m.type()], m.type()

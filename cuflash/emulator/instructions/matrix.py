@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from cuflash.emulator.translate import BlockBuilder, Modifiers
 
 
-@instruction("ldmatrix")
+@instruction("ldmatrix", operands=2)
 def ldmatrix(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     m.one_of("sync")
     m.one_of("aligned")
@@ -26,7 +26,7 @@ def ldmatrix(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
         b.write(target, "u4", f"{values}[{k}]")
 
 
-@instruction("stmatrix")
+@instruction("stmatrix", operands=2)
 def stmatrix(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     m.one_of("sync")
     m.one_of("aligned")
@@ -40,7 +40,7 @@ def stmatrix(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     b.emit(f"X.store_matrix({b.site()}, {b.address(i.operands[0], 'u4')}, {number}, {transposed}, ({values}))")
 
 
-@instruction("movmatrix")
+@instruction("movmatrix", operands=2)
 def movmatrix(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     for name in ("sync", "aligned", "m8n8", "trans", "b16"):
         m.one_of(name)
@@ -51,7 +51,7 @@ def movmatrix(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
 SHAPES = {"m16n8k8": (16, 8, 8), "m16n8k16": (16, 8, 16), "m16n8k4": (16, 8, 4), "m8n8k4": (8, 8, 4)}
 
 
-@instruction("mma")
+@instruction("mma", operands=4)
 def mma(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     """D = A·B + C. Fragments are turned into float32 matrices once per block of code and reused."""
     m.one_of("sync")

@@ -38,7 +38,7 @@ def _address(b: BlockBuilder, place: Mem, space: str) -> str:
     return b.address(place, "u4" if space in ("shared", "param", "local") else "u8")
 
 
-@instruction("ld", "ldu")
+@instruction("ld", "ldu", operands=(2, 3))
 def ld(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     space = _space(b, m)
     ordered, _ = _hints(m)
@@ -65,7 +65,7 @@ def ld(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
         b.write(target, kind, f"{values}[{k}]")
 
 
-@instruction("st")
+@instruction("st", operands=(2, 3))
 def st(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     space = _space(b, m)
     ordered, _ = _hints(m)
@@ -87,7 +87,8 @@ def st(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     b.emit(f"X.store_{space}({b.site()}, {address}, {b.mask()}, {kind.upper()}, ({values}))")
 
 
-@instruction("atom", "red")
+@instruction("atom", operands=(3, 4, 5))
+@instruction("red", operands=(2, 3))
 def atom(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     """Atomic read-modify-write; red is atom without a result."""
     space = _space(b, m)
@@ -116,7 +117,7 @@ def atom(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
         b.write(target, kind, result)
 
 
-@instruction("cp")
+@instruction("cp", operands=(0, 1, 3, 4, 5))
 def cp(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     """cp.async and its groups."""
     m.one_of("async")
@@ -154,7 +155,7 @@ def cp(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     b.emit(f"X.copies.issue(X, {b.site()}, {shared}, {outside}, {size.value}, {length}, {b.mask()})")
 
 
-@instruction("prefetch", "prefetchu", "applypriority", "discard")
+@instruction("prefetch", "prefetchu", "applypriority", "discard", operands=(1, 2, 3))
 def prefetch(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     """Hints to the caches have no effect here."""
     m.rest.clear()

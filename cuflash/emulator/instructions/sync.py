@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from cuflash.emulator.translate import BlockBuilder, Modifiers
 
 
-@instruction("bar", "barrier")
+@instruction("bar", "barrier", operands=1)
 def warp_barrier(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     """bar.warp.sync; the other barriers end a block and belong to the scheduler."""
     m.one_of("warp")
@@ -20,14 +20,14 @@ def warp_barrier(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     b.emit("X.order_warps()")
 
 
-@instruction("barrier_give")
+@instruction("barrier_give", operands=2)
 def barrier_give(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     """First part of bar.red: the warp adds its predicates."""
     number, predicate = i.operands
     b.emit(f"X.machine.barriers.give(X, {b.read(number, 'u4')}, {b.read(predicate, 'p')})")
 
 
-@instruction("barrier_take")
+@instruction("barrier_take", operands=2)
 def barrier_take(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     """Last part of bar.red: the reduction over all threads of the barrier."""
     operation = m.one_of("popc", "and", "or")
@@ -35,7 +35,7 @@ def barrier_take(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     b.write(result, "u4" if operation == "popc" else "p", f"X.machine.barriers.take(X, {b.read(number, 'u4')}, {operation!r})")
 
 
-@instruction("membar", "fence")
+@instruction("membar", "fence", operands=0)
 def fence(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     if m.flag("proxy"):
         raise b.unsupported("fence.proxy is not supported")
@@ -47,7 +47,7 @@ def fence(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
         b.emit("X.acquire()")
 
 
-@instruction("shfl")
+@instruction("shfl", operands=5)
 def shfl(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     m.one_of("sync")
     mode = m.one_of("up", "down", "bfly", "idx")
@@ -63,7 +63,7 @@ def shfl(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     b.write(target, "u4", f"{result}[0]")
 
 
-@instruction("vote")
+@instruction("vote", operands=3)
 def vote(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     m.one_of("sync")
     mode = m.one_of("all", "any", "uni", "ballot")
@@ -75,7 +75,7 @@ def vote(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     b.write(i.operands[0], kind, f"X.vote({mode!r}, {predicate})")
 
 
-@instruction("match")
+@instruction("match", operands=3)
 def match(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     mode = m.one_of("any", "all")
     m.one_of("sync")
@@ -90,7 +90,7 @@ def match(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     b.write(target, "u4", f"{result}[0]")
 
 
-@instruction("redux")
+@instruction("redux", operands=3)
 def redux(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     m.one_of("sync")
     mode = m.one_of("add", "min", "max", "and", "or", "xor")
@@ -100,14 +100,14 @@ def redux(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     b.write(i.operands[0], kind, f"X.reduce({mode!r}, {b.read(i.operands[1], kind)})")
 
 
-@instruction("activemask")
+@instruction("activemask", operands=1)
 def activemask(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     m.one_of("b32")
     b.count_class("vote")
     b.write(i.operands[0], "u4", "X.active_mask()")
 
 
-@instruction("elect")
+@instruction("elect", operands=2)
 def elect(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     m.one_of("sync")
     b.count_class("vote")
@@ -118,7 +118,7 @@ def elect(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     b.write(target.first, "u4", "X.elected()")
 
 
-@instruction("nanosleep", "griddepcontrol", "pmevent")
+@instruction("nanosleep", "griddepcontrol", "pmevent", operands=(0, 1))
 def nothing(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     """Instructions that only affect timing."""
     m.rest.clear()

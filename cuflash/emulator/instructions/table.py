@@ -11,19 +11,19 @@ if TYPE_CHECKING:
     from cuflash.emulator.translate import BlockBuilder, Modifiers
 
 Handler = Callable[["BlockBuilder", Instruction, "Modifiers"], None]
-TABLE: dict[str, Handler] = {}
+TABLE: dict[str, tuple[Handler, tuple[int, ...]]] = {}
 
 # Instructions whose first operand is not a destination.
 NO_RESULT = {"st", "red", "cp", "bar", "barrier", "membar", "fence", "prefetch", "prefetchu", "discard", "applypriority",
              "stmatrix", "barrier_give", "nanosleep", "griddepcontrol", "pmevent", "brkpt"}  # fmt: skip
 
 
-def instruction(*opcodes: str) -> Callable[[Handler], Handler]:
-    """Register a handler for opcodes."""
+def instruction(*opcodes: str, operands: int | tuple[int, ...]) -> Callable[[Handler], Handler]:
+    """Register a handler for opcodes; operands is the number of operands they take, or several such numbers."""
 
     def register(handler: Handler) -> Handler:
         for opcode in opcodes:
-            TABLE[opcode] = handler
+            TABLE[opcode] = handler, (operands,) if isinstance(operands, int) else operands
         return handler
 
     return register
