@@ -107,14 +107,7 @@ def _take_dlpack(value: Any, name: str) -> NativeArray:
         ) from error
     if device_type not in dlpack.GPU:
         raise DeviceError(f"{name} is on DLPack device {(int(device_type), device_id)}: must be on a CPU or a CUDA GPU")
-    try:
-        gpu = _gpu()
-    except ImportError as error:
-        raise DeviceError(
-            f"{name} is on a GPU: must be on the CPU, or install the extra for its CUDA version, "
-            "cuflash[cu12] or cuflash[cu13]"
-        ) from error
-    return gpu.from_dlpack(value, name)
+    return _gpu(name).from_dlpack(value, name)
 
 
 def _same(array: NativeArray) -> NativeArray:
@@ -138,19 +131,27 @@ def device_of(kind: Kind, names: Sequence[str], arrays: Sequence[NativeArray | N
     on_host = type(arrays[0]) is np.ndarray
     for name, array in zip(names, arrays, strict=True):
         if array is not None and (type(array) is np.ndarray) != on_host:
-            raise DeviceError(
-                f"{name} is a {type_name(array)} in memory: must be on the same device as {names[0]}, "
-                f"a {type_name(arrays[0])}"
-            )
+            places = ("a GPU", "the host") if on_host else ("the host", "a GPU")
+            raise DeviceError(f"{name} is on {places[0]}: must be on {places[1]}, as {names[0]} is")
     if on_host:
         return None
-    device: Device = _gpu().gpu_of(names, arrays)
+    device: Device = _gpu(names[0]).gpu_of(names, arrays)
     return device
 
 
+def _gpu(name: str) -> ModuleType:
+    """The module that imports CuPy, once it is needed for an argument."""
+    try:
+        return _import_gpu()
+    except ImportError as error:
+        raise DeviceError(
+            f"{name} is on a GPU: must be on the CPU, or install the extra for its CUDA version, "
+            "cuflash[cu12] or cuflash[cu13]"
+        ) from error
+
+
 @cache
-def _gpu() -> ModuleType:
-    """The module that imports CuPy, once it is needed."""
+def _import_gpu() -> ModuleType:
     from cuflash.device import cuda
 
     return cuda

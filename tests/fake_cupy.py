@@ -71,6 +71,9 @@ class FakeCupy(ModuleType):
     def ascontiguousarray(self, array: ndarray) -> ndarray:
         return ndarray(np.ascontiguousarray(array.host), array.device_id)
 
+    def from_dlpack(self, producer: Any) -> ndarray:
+        return producer.on_gpu
+
     def RawModule(self, *, path: str) -> SimpleNamespace:
         def get_function(entry: str) -> SimpleNamespace:
             self.loads.append((entry, self.current))
@@ -112,11 +115,11 @@ def without_the_cuda_device() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delitem(sys.modules, "cuflash.device.cuda", raising=False)
         patch.delattr(cuflash.device, "cuda", raising=False)
-        arrays._gpu.cache_clear()
+        arrays._import_gpu.cache_clear()
         yield patch
         sys.modules.pop("cuflash.device.cuda", None)
         vars(cuflash.device).pop("cuda", None)
-        arrays._gpu.cache_clear()
+        arrays._import_gpu.cache_clear()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -119,6 +120,37 @@ def test_offsets_on_the_device_need_a_bound_for_a_biased_axis(cupy: FakeCupy) ->
     with pytest.raises(DeviceError, match=r"cu_seqlens_q is a cupy.ndarray on a GPU"):
         cuflash.attention_varlen(host, host, host, offsets, [0, 10, 40])
     assert cupy.launches == []
+
+
+class Tensor:
+    """An array of a framework, on a GPU unless it is given a host array."""
+
+    def __init__(self, array: ndarray | np.ndarray) -> None:
+        self.on_gpu = array
+
+    def __dlpack__(self, **keywords: Any) -> object:
+        return self.on_gpu.__dlpack__(**keywords)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (1, 0) if isinstance(self.on_gpu, np.ndarray) else (2, 0)
+
+    def __array_namespace__(self) -> Any:
+        return FRAMEWORK
+
+
+FRAMEWORK = ModuleType("framework")
+FRAMEWORK.from_dlpack = Tensor
+
+
+def test_tensors_of_a_framework(cupy: FakeCupy) -> None:
+    q, out = Tensor(gpu(16, 2, 32)), Tensor(gpu(16, 2, 32))
+    result = cuflash.attention(q, q, q)
+    assert isinstance(result, Tensor)
+    assert record(cupy.launches[0])["o"] == result.on_gpu.data.ptr
+    assert cuflash.attention(q, q, q, out=out) is out
+    assert record(cupy.launches[1])["o"] == out.on_gpu.data.ptr
+    with pytest.raises(DeviceError, match="v is on the host: must be on a GPU, as q is"):
+        cuflash.attention(q, q, Tensor(np.ones((16, 2, 32), np.float16)))
 
 
 def test_out_that_overlaps_on_the_gpu(cupy: FakeCupy) -> None:
