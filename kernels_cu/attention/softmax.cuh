@@ -6,23 +6,28 @@
 
 namespace cuflash {
 
+// Below every score, and finite: for a row that has seen no key yet, 2^(-inf - m) is 0, not 2^(-inf + inf).
+constexpr float kLowest = -3.4e38f;
+
 // Running state of rows 16m + 8h + lane / 4 (h = 0, 1). The maximum is the same in the four lanes of a row; the sum is
 // this lane's share, added up once at the end.
 template <int kM>
 struct OnlineSoftmax {
-    float m[kM][2];  // maximum of the scores so far, base 2; -inf before the first visible key
+    float m[kM][2];  // maximum of the scores so far, base 2; kLowest before the first visible key
     float l[kM][2];  // sum of 2^(score - m) over this lane's keys
 
     __device__ __forceinline__ OnlineSoftmax() {
 #pragma unroll
         for (int i = 0; i < kM; ++i)
 #pragma unroll
-            for (int h = 0; h < 2; ++h) m[i][h] = -kInfinity, l[i][h] = 0.0f;
+            for (int h = 0; h < 2; ++h) m[i][h] = kLowest, l[i][h] = 0.0f;
     }
 
     // m' = max(m, c rowmax S);  P = 2^(c S - m');  l = 2^(m - m') l + rowsum P;  O = 2^(m - m') O.  S becomes P.
     template <int kN, int kO>
     __device__ __forceinline__ void update(float (&S)[kM][kN][4], float (&O)[kM][kO][4], float c) {
+        float decay[kM][2];  // 2^(m - m')
+        bool grew = false;
 #pragma unroll
         for (int i = 0; i < kM; ++i)
 #pragma unroll
@@ -31,22 +36,36 @@ struct OnlineSoftmax {
 #pragma unroll
                 for (int n = 1; n < kN; ++n) peak = fmaxf(peak, fmaxf(S[i][n][2 * h], S[i][n][2 * h + 1]));
                 const float grown = fmaxf(m[i][h], quad_max(peak) * c);
-                const float shift = grown == -kInfinity ? 0.0f : grown;  // no key visible yet: 2^(-inf - 0) = 0
-                const float decay = ptx::ex2(m[i][h] - shift);
+                decay[i][h] = ptx::ex2(m[i][h] - grown);
+                grew |= grown > m[i][h];
                 m[i][h] = grown;
-                float sum = 0.0f;
+            }
+        if (ptx::vote_any(grew)) rescale(O, decay);  // else every decay is 1 (or O and l are still 0)
+#pragma unroll
+        for (int i = 0; i < kM; ++i)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
 #pragma unroll
                 for (int n = 0; n < kN; ++n)
 #pragma unroll
                     for (int e = 2 * h; e < 2 * h + 2; ++e) {
-                        S[i][n][e] = ptx::ex2(fmaf(S[i][n][e], c, -shift));
-                        sum += S[i][n][e];
+                        S[i][n][e] = ptx::ex2(fmaf(S[i][n][e], c, -m[i][h]));
+                        l[i][h] += S[i][n][e];
                     }
-                l[i][h] = fmaf(l[i][h], decay, sum);
+            }
+    }
+
+    template <int kO>
+    __device__ __forceinline__ void rescale(float (&O)[kM][kO][4], const float (&decay)[kM][2]) {
+#pragma unroll
+        for (int i = 0; i < kM; ++i)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                l[i][h] *= decay[i][h];
 #pragma unroll
                 for (int n = 0; n < kO; ++n)
 #pragma unroll
-                    for (int e = 2 * h; e < 2 * h + 2; ++e) O[i][n][e] *= decay;
+                    for (int e = 2 * h; e < 2 * h + 2; ++e) O[i][n][e] *= decay[i][h];
             }
     }
 

@@ -88,7 +88,7 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
         else if (position + 1 < tiles.end) start(Flag<false>());
     };
 
-    const u32 q_address = ptx::shared_address(shared.q) + warp_row * QTile::kPitch + QTile::lane_offset(lane);
+    const u32 q_address = ptx::shared_address(shared.q) + warp_row * QTile::kPitch + QTile::lane_by_columns(lane);
     const ScoreRule<C> rule(params, work, tiles, work.row_begin + warp_row + lane / 4, 2 * (lane % 4));
     LeftFragments<kM, C.q_in_registers ? kD : 1> q_fragments;
     OnlineSoftmax<kM> softmax;         // m, l
@@ -106,7 +106,7 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
 
         float S[kM][2 * kN][4];
         clear(S);
-        const u32 k_address = ptx::shared_address(shared.k[position % kStages]) + KTile::lane_offset(lane);
+        const u32 k_address = ptx::shared_address(shared.k[position % kStages]) + KTile::lane_by_rows(lane);
 #pragma unroll
         for (int d = 0; d < kD; ++d) {  // S += Q[:, d] K(j)[:, d]^T
             if constexpr (!C.q_in_registers) q_fragments.template load_column<QTile>(q_address, d, 0);
@@ -123,7 +123,7 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
         rule.template apply<cut.value>(S, tiles.tile(position) * C.block_n);
         softmax.update(S, O, rule.multiplier());  // S becomes P
 
-        const u32 v_address = ptx::shared_address(shared.v[position % kStages]) + VTile::lane_offset(lane);
+        const u32 v_address = ptx::shared_address(shared.v[position % kStages]) + VTile::lane_by_columns(lane);
 #pragma unroll
         for (int n = 0; n < kN; ++n) {  // O += P[:, n] V(j)[n, :]
             u32 P[kM][4];

@@ -67,6 +67,16 @@ __device__ __forceinline__ float shfl_bfly(float x) {
     return y;
 }
 
+// Whether `predicate` holds in any lane of the warp.
+__device__ __forceinline__ bool vote_any(bool predicate) {
+    u32 any;
+    asm volatile("{\n.reg .pred p, q;\nsetp.ne.u32 p, %1, 0;\nvote.sync.any.pred q, p, 0xffffffff;\n"
+                 "selp.u32 %0, 1, 0, q;\n}"
+                 : "=r"(any)
+                 : "r"(static_cast<u32>(predicate)));
+    return any != 0;
+}
+
 // Value of lane `source`.
 __device__ __forceinline__ float shfl_idx(float x, int source) {
     float y;

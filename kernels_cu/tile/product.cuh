@@ -10,7 +10,8 @@
 
 namespace cuflash {
 
-// Operands in shared tiles are given by this lane's address in block (0, 0). A step in the shared dimension derives its
+// Operands in shared tiles are given by this lane's address in block (0, 0), by columns (a left operand, B) or by rows
+// (B^T). A step in the shared dimension derives its
 // addresses from that one alone (`forget`): held over all steps, they would take a dozen registers that the sums need.
 
 // Left operand [16 kM][16 kK] in registers.
@@ -44,8 +45,8 @@ __device__ __forceinline__ void multiply_transposed(float (&sums)[kM][kN][4], co
         ptx::ldmatrix_x4(block, TileB::block(address, n, k));
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
-            mma<E>(sums[m][2 * n], a[m], block[0], block[2]);
-            mma<E>(sums[m][2 * n + 1], a[m], block[1], block[3]);
+            mma<E>(sums[m][2 * n], a[m], block[0], block[1]);
+            mma<E>(sums[m][2 * n + 1], a[m], block[2], block[3]);
         }
     }
 }

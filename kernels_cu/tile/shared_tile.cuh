@@ -37,9 +37,12 @@ struct SharedTile {
                (row_step * kPitch + 16 * (chunk_step / kSpan * kSpan));
     }
 
-    // Offset that this lane gives to ldmatrix for the 16x16 block at (0, 0): lanes 0-15 the rows of its left half,
-    // lanes 16-31 of its right half. Registers 0 .. 3 receive the upper left, lower left, upper right, lower right 8x8.
-    static __device__ __forceinline__ u32 lane_offset(int lane) { return offset(lane % 16, lane / 16); }
+    // Offset that this lane gives to ldmatrix for the 16x16 block at (0, 0). By columns, registers 0 .. 3 receive the 8x8
+    // matrices upper left, lower left, upper right, lower right; by rows, upper left, upper right, lower left, lower
+    // right. A product takes consecutive registers: a left operand by columns, a right one so that the pair of matrices
+    // along the shared dimension comes together.
+    static __device__ __forceinline__ u32 lane_by_columns(int lane) { return offset(lane % 16, lane / 16); }
+    static __device__ __forceinline__ u32 lane_by_rows(int lane) { return offset(lane / 16 * 8 + lane % 8, lane / 8 % 2); }
 
     // From the address of this lane in block (0, 0) to that in the 16x16 block (i, j).
     static __device__ __forceinline__ u32 block(u32 address, int i, int j) { return step(address, 16 * i, 2 * j); }
