@@ -174,22 +174,24 @@ class _Item:
     def _begin_state(self) -> None:
         problem, dtype = self.problem, _sum_dtype(self.problem)
         groups = -(-(self.end - self.begin) // self.rows)
-        q = np.zeros((groups * self.rows, problem.head_dim), dtype)
+        q: np.ndarray = np.zeros((groups * self.rows, problem.head_dim), dtype)
         q[: self.end - self.begin] = self.sequence.q[self.begin : self.end, self.head]
         q *= problem.scale / (problem.softcap or 1)
         bound = problem.softcap or float(np.sqrt(np.einsum("nd,nd->n", q, q).max())) * self.keys.norm
         self.online = self.sequence.bias is not None or not (bound <= SAFE_SCORE and self.keys.v_max <= SAFE_VALUE)
-        self.exp, unit = (np.exp, 1.0) if self.online or not exp2_is_fast() else (np.exp2, math.log2(math.e))
+        in_base_2 = not self.online and exp2_is_fast()
+        self.exp: np.ufunc = np.exp2 if in_base_2 else np.exp
+        unit = math.log2(math.e) if in_base_2 else 1.0
         self.softcap = problem.softcap * unit
         if not self.softcap:
             q *= unit
         self.q = q.reshape(groups, self.rows, -1)
-        self.o = np.zeros((*self.q.shape[:2], problem.head_dim_v), dtype)
-        self.l = np.zeros(self.q.shape[:2], dtype)
-        self.m = np.full(self.q.shape[:2], -np.inf if self.online else 0, dtype)
-        self.scores = np.empty(groups * self.rows * self.keys.tile, dtype)
+        self.o: np.ndarray = np.zeros((*self.q.shape[:2], problem.head_dim_v), dtype)
+        self.l: np.ndarray = np.zeros(self.q.shape[:2], dtype)
+        self.m: np.ndarray = np.full(self.q.shape[:2], -np.inf if self.online else 0, dtype)
+        self.scores: np.ndarray = np.empty(groups * self.rows * self.keys.tile, dtype)
         self.pv, self.row_sums = np.empty_like(self.o), np.empty_like(self.l)
-        self.ones = np.ones(self.keys.tile, dtype)
+        self.ones: np.ndarray = np.ones(self.keys.tile, dtype)
 
     def _add(self, tile: KeyTile) -> None:
         """One tile of keys. Groups that see none of them are left out; only those on an edge are masked."""

@@ -40,14 +40,14 @@ class Keys:
                 self._packed = True
 
     def _pack(self) -> None:
-        self._k_tiles = []
+        self._k_tiles: list[np.ndarray] = []
         squares = [0.0]
         for begin in range(self._begin, self._end, self.tile):
-            k = self._k[begin : min(begin + self.tile, self._end)].astype(self._dtype)
+            k: np.ndarray = self._k[begin : min(begin + self.tile, self._end)].astype(self._dtype)
             squares.append(np.einsum("nd,nd->n", k, k).max())
             self._k_tiles.append(np.ascontiguousarray(k.T))
         self.norm = float(np.sqrt(np.max(squares)))
-        self._v_rows = self._v[self._begin : self._end].astype(self._dtype, order="C")
+        self._v_rows: np.ndarray = self._v[self._begin : self._end].astype(self._dtype, order="C")
         self.v_max = float(np.maximum(self._v_rows.max(initial=0), -self._v_rows.min(initial=0)))
         self._odd: list[tuple[int, np.ndarray]] = []
         if not np.isfinite(self.v_max):
