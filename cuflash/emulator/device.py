@@ -14,8 +14,8 @@ from cuflash.emulator.ir import Variable
 from cuflash.emulator.library import Entry, library
 from cuflash.emulator.machine import Launch, Machine
 from cuflash.emulator.memory import CONSTANT, GLOBAL_BASE, OWNED, WRITTEN, Allocation, GlobalMemory, Parameters
-from cuflash.emulator.races import GlobalWriters
 from cuflash.emulator.report import Counters, LaunchReport
+from cuflash.emulator.writers import GlobalWriters
 
 BATCH_THREADS = 16384
 POISON = 0xFF

@@ -12,16 +12,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from cuflash.emulator.barriers import Barriers
+from cuflash.emulator.clocks import Clocks
 from cuflash.emulator.copies import CopyQueue
 from cuflash.emulator.faults import BarrierDivergence, Deadlock, EmulatorFault, Site, Trap
 from cuflash.emulator.flow import EXIT
 from cuflash.emulator.ir import Reg
 from cuflash.emulator.lanes import Lanes
 from cuflash.emulator.memory import GlobalMemory, LocalMemory, Parameters
-from cuflash.emulator.races import Clocks, GlobalWriters, SharedHistory
+from cuflash.emulator.races import SharedHistory
 from cuflash.emulator.report import Counters
 from cuflash.emulator.shared import SharedMemory
 from cuflash.emulator.translate import Code, Translation
+from cuflash.emulator.writers import GlobalWriters
 
 ABSENT = EXIT + 1  # program counter of lanes past the end of the block
 FAIR_EVERY = 64

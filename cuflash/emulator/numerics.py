@@ -449,14 +449,30 @@ def _right_words(X, registers, dtype):
     return words.transpose(0, 2, 1, 3).reshape(-1, 8, 4 * len(registers))
 
 
+HALF_EXPONENT = np.float32(2.0**112)
+
+
 def _widen_half(words):
-    return np.ascontiguousarray(words).view(F2).astype(F4)
+    """float32 of float16 pairs: all low halves of a row, then all high ones (the order along k does not matter to a product).
+
+    Sign, exponent and mantissa move to their places in a float32, whose exponent is then too small by 112.
+    """
+    wide = np.empty((*words.shape[:-1], 2, words.shape[-1]), F4)
+    for k, bits in enumerate((words << np.uint32(16), words & np.uint32(0xFFFF0000))):
+        signed = bits.view(I4)
+        signed >>= 3
+        signed &= np.int32(-1879056384)  # 0x8FFFE000
+        np.multiply(signed.view(F4), HALF_EXPONENT, out=wide[..., k, :])
+    if wide.max() >= 65536 or wide.min() <= -65536:  # an exponent of all ones: infinity or NaN
+        wide[...] = np.ascontiguousarray(words).view(F2).astype(F4).reshape(*words.shape, 2).swapaxes(-1, -2)
+    return wide.reshape(*words.shape[:-1], -1)
 
 
 def _widen_bfloat(words):
-    wide = np.empty((*words.shape, 2), U4)
-    np.left_shift(words, np.uint32(16), out=wide[..., 0])
-    np.bitwise_and(words, np.uint32(0xFFFF0000), out=wide[..., 1])
+    """float32 of bfloat16 pairs, in the same order."""
+    wide = np.empty((*words.shape[:-1], 2, words.shape[-1]), U4)
+    np.left_shift(words, np.uint32(16), out=wide[..., 0, :])
+    np.bitwise_and(words, np.uint32(0xFFFF0000), out=wide[..., 1, :])
     return wide.reshape(*words.shape[:-1], -1).view(F4)
 
 
@@ -501,7 +517,11 @@ def multiply(X, left, right, start):
     count, rows, _ = product.shape
     parts = product.reshape(count, rows // 8, 32, 2)
     shape = X.shape
-    return tuple(parts[:, k // 2, :, k % 2].reshape(shape) + c for k, c in enumerate(start))
+    results = []
+    for k, c in enumerate(start):
+        part = parts[:, k // 2, :, k % 2]
+        results.append((part + c.reshape(-1, 32)).reshape(shape) if np.shape(c) == shape else part.reshape(shape) + c)
+    return results
 
 
 def multiply_half(X, left, right, start):

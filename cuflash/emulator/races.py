@@ -1,9 +1,4 @@
-"""Who may see whose accesses: vector clocks per warp, and the last accesses to every piece of shared memory.
-
-Every warp counts the intervals between its synchronisations (Clocks.time). seen[b, w, x] is the last interval of warp x that is ordered
-before what warp w does now. An access is free of races when every conflicting earlier one lies in an interval that is seen, or was made
-by the very same thread. Named barriers and later mechanisms only need to say which warps learn what: Clocks.join.
-"""
+"""The last accesses to every piece of shared memory, and the faults they reveal: races and reads of what nothing has written."""
 
 from __future__ import annotations
 
@@ -11,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cuflash.emulator.clocks import Clocks
 from cuflash.emulator.faults import Race, Uninitialized
 
 if TYPE_CHECKING:
@@ -21,46 +17,63 @@ THREAD_MASK, LANE_MASK = (1 << THREAD_BITS) - 1, (1 << LANE_BITS) - 1
 NEVER = np.iinfo(np.int32).max
 IN_FLIGHT = (NEVER >> THREAD_BITS) - 1  # interval of a write whose copy has not been waited for: seen by nobody
 MANY = LANE_MASK  # several lanes read in the same interval
-
-
-class Clocks:
-    """Intervals of every warp of a batch, and which of them are ordered before which warp.
-
-    time : (blocks, warps); seen : (blocks, warps, warps); limit : (blocks, 1, 1), every interval below it is seen by all warps.
-    """
-
-    def __init__(self, blocks: int, warps: int) -> None:
-        self.time = np.ones((blocks, warps), np.int32)
-        self.seen = np.zeros((blocks, warps, warps), np.int32)
-        self.limit = np.ones((blocks, 1, 1), np.int32)
-        self.accesses = 0
-        self._ordered: tuple[Lanes | None, int] = (None, -1)
-
-    def order_lanes(self, lanes: Lanes) -> None:
-        """The lanes of each selected warp synchronise among themselves."""
-        if self._ordered[0] is lanes and self._ordered[1] == self.accesses:
-            return
-        self._ordered = lanes, self.accesses
-        rows, warps = lanes.rows[:, :, 0], lanes.warp[:, :, 0]
-        now = self.time[rows, warps]
-        self.seen[rows, warps, warps] = now
-        self.time[rows, warps] = now + 1
-
-    def join(self, rows: np.ndarray, members: np.ndarray) -> None:
-        """Warps synchronise: each member learns what any member knows or did.
-
-        rows : (n,) block slots; members : (n, warps) bool.
-        """
-        time = self.time[rows]
-        knows = np.maximum(self.seen[rows], time[:, :, None] * np.eye(time.shape[1], dtype=np.int32))
-        together = np.where(members[:, :, None], knows, 0).max(1, keepdims=True)
-        self.seen[rows] = np.where(members[:, :, None], together, self.seen[rows])
-        self.time[rows] = time + members
-        self.limit[rows] = self.seen[rows].min((1, 2))[:, None, None] + 1
+LINE = 16
 
 
 class SharedHistory:
-    """Last writer and last readers of every granule of shared memory (granule: the narrowest access of the kernel, in bytes).
+    """History of shared memory in lines of 16 bytes, and finer where the kernel makes narrower accesses.
+
+    Tiles are written and read 16 bytes at a time, so most of memory never needs a finer one. A line that a narrow access touches is kept
+    at that grain from then on. granule: the narrowest access of the kernel, in bytes.
+    """
+
+    def __init__(self, clocks: Clocks, blocks: int, warps: int, stride: int, granule: int, check: bool) -> None:
+        grains = [g for g in (LINE, 4) if g > granule] + [granule]
+        self.levels = [History(clocks, blocks, warps, stride, g, check) for g in grains]
+        self.level = np.zeros(blocks * stride // LINE, np.int8)  # of each line
+
+    def read(
+        self, lanes: Lanes, site: int, offsets: np.ndarray, width: int, mask: np.ndarray | None, together: bool = False
+    ) -> None:
+        """Check and note a read. offsets are picked by mask; together: the warp reads as one (ldmatrix)."""
+        self._history(offsets, width).read(lanes, site, offsets, width, mask, together)
+
+    def write(
+        self,
+        lanes: Lanes,
+        site: int,
+        offsets: np.ndarray,
+        width: int,
+        mask: np.ndarray | None,
+        in_flight: bool = False,
+        atomic: bool = False,
+    ) -> None:
+        """Check and note a write by all active lanes; offsets is one axis, one element per active lane."""
+        self._history(offsets, width).write(lanes, site, offsets, width, mask, in_flight, atomic)
+
+    def land(self, offsets: np.ndarray, width: int, slots: np.ndarray, tid: np.ndarray) -> None:
+        """A copy in flight has been waited for by its thread."""
+        self._history(offsets, width).land(offsets, width, slots, tid)
+
+    def _history(self, offsets: np.ndarray, width: int) -> History:
+        """The history at the grain that an access needs: of its width, or of the finest line it touches. Its lines are refined to it."""
+        if len(self.levels) == 1:
+            return self.levels[0]
+        lines = offsets >> 4
+        have = self.level.take(lines)
+        need = next(k for k, h in enumerate(self.levels) if h.granule <= width or k == len(self.levels) - 1)
+        target = max(need, int(have.max()))
+        if have.min() < target:
+            for level in range(target):
+                coarse = np.unique(lines[have == level])
+                if coarse.size:
+                    self.levels[target].inherit(coarse, self.levels[level])
+            self.level[lines] = target
+        return self.levels[target]
+
+
+class History:
+    """Last writer and last readers of every granule of shared memory.
 
     last_write : interval << 10 | thread, or NEVER; last_read : (granules, warps) interval << 6 | lane.
     """
@@ -73,6 +86,18 @@ class SharedHistory:
         self.last_write = np.full(count, NEVER, np.int32)
         self.last_read = np.zeros((count if check else 0, warps), np.int32)
         self.atomic = np.zeros(0, bool)
+
+    def inherit(self, lines: np.ndarray, other: History) -> None:
+        """Take over what a coarser history knows of some lines."""
+        first = lines[:, None] * (LINE // other.granule) + np.arange(LINE // other.granule)  # its granules
+        parts = other.granule // self.granule
+        pieces = first[..., None] * parts + np.arange(parts)
+        self.last_write[pieces] = other.last_write[first][..., None]
+        if self.check:
+            known = other.last_read[first]
+            limit = self.clocks.limit[:, 0, 0][lines // (self.stride // LINE)]
+            if not (known < limit[:, None, None] << LANE_BITS).all():  # else all warps have seen these reads: no need to keep them
+                self.last_read[pieces] = known[..., None, :]
 
     def pieces(self, offsets: np.ndarray, width: int) -> np.ndarray:
         """Granules of accesses at byte offsets: a new last axis when an access covers several."""
@@ -205,78 +230,4 @@ class SharedHistory:
             bad.any(-1) if wide else bad,
             mask,
             lambda k: f"read of shared address {int(flat[k]) % self.stride:#x}: bytes that nothing has written",
-        )
-
-
-class GlobalWriters:
-    """Last writer of every granule of global memory in one launch: two threads that write the same bytes unordered are a race.
-
-    Between blocks a fence or release after the first write and a fence or acquire before the second count as order.
-    """
-
-    def __init__(self, granule: int, size: int, check: bool, blocks: int) -> None:
-        self.check, self.now = check, 1
-        self.releases, self.acquires = np.zeros(blocks, np.int64), np.zeros(blocks, np.int64)
-        self.shift = granule.bit_length() - 1
-        self.granule = granule
-        self.thread = np.zeros(size >> self.shift if check else 0, np.int64)
-        self.moment = np.zeros(size >> self.shift if check else 0, np.int64)
-
-    def write(self, lanes: Lanes, site: int, offsets: np.ndarray, width: int, mask: np.ndarray | None) -> None:
-        """Check and note a write; offsets is one axis, one element per active lane."""
-        if not self.check:
-            return
-        machine, clocks = lanes.machine, lanes.machine.clocks
-        pieces = offsets >> self.shift
-        if width > self.granule:
-            pieces = pieces[:, None] + np.arange(width >> self.shift)
-        row, warp, tid = (lanes.flat(x, mask) for x in (lanes.rows, lanes.warp, lanes.tid))
-        time = clocks.time[row, warp].astype(np.int64)
-        mine = (machine.first_block + row + 1) << 34 | time << THREAD_BITS | tid
-        extra = (slice(None), None) if pieces.ndim > 1 else slice(None)
-        before = self.thread.take(pieces)
-        if before.any():
-            self._check(lanes, site, offsets, before, self.moment.take(pieces), (row[extra], warp[extra], tid[extra]), mask)
-        self.thread[pieces] = mine[extra]
-        self.moment[pieces] = self.now
-        after = self.thread.take(pieces)
-        if not (after == mine[extra]).all():
-            raise self._race(lanes, site, offsets, after != mine[extra], after, mask)
-
-    def _check(self, lanes, site, offsets, before, moment, who, mask):  # type: ignore[no-untyped-def]
-        row, warp, tid = who
-        machine, clocks = lanes.machine, lanes.machine.clocks
-        mine = machine.first_block + row
-        block = np.maximum((before >> 34) - 1, 0)
-        writer, time = before & THREAD_MASK, (before >> THREAD_BITS) & ((1 << 24) - 1)
-        same = block == mine
-        inside = (writer == tid) | (time <= clocks.seen[row, warp, np.where(same, writer >> 5, 0)])
-        between = (self.releases[block] > moment) & (self.acquires[mine] > moment)
-        bad = (before != 0) & ~np.where(same, inside, between)
-        if bad.any():
-            raise self._race(lanes, site, offsets, bad, before, mask)
-
-    def release(self, lanes: Lanes) -> None:
-        """The blocks make what they wrote visible to others."""
-        self.now += 1
-        self.releases[lanes.machine.first_block + lanes.rows] = self.now
-
-    def acquire(self, lanes: Lanes) -> None:
-        """The blocks see what others released before."""
-        self.now += 1
-        self.acquires[lanes.machine.first_block + lanes.rows] = self.now
-
-    def _race(self, lanes, site, offsets, bad, other, mask):  # type: ignore[no-untyped-def]
-        machine = lanes.machine
-        first = int(other.reshape(-1)[np.flatnonzero(np.broadcast_to(bad, other.shape).reshape(-1))[0]])
-        block = machine.grid_coordinates((first >> 34) - 1)
-        thread = machine.thread_coordinates(first & THREAD_MASK)
-        shaped = bad.any(-1) if bad.ndim > 1 else bad
-        every = mask if mask is not None else np.ones(lanes.shape, bool)
-        return lanes.fault(
-            Race,
-            site,
-            shaped,
-            every,
-            lambda k: f"write at {machine.memory.describe(int(offsets[k]))} races with a write by thread {thread} of block {block}",
         )

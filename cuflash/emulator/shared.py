@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cuflash.emulator.lanes import Lanes
 
 U2, U4 = np.dtype("u2"), np.dtype("u4")
+ROW = np.dtype("c16")  # any type of 16 bytes, to move matrix rows in one piece
 
 
 class SharedMemory(FlatSpace):
@@ -79,12 +80,13 @@ class SharedMemory(FlatSpace):
         lanes.machine.clocks.order_lanes(lanes)
         offsets = offsets + lanes.rows * self.stride
         self.history.read(RowLanes(lanes, 8 * number), site, offsets, 16, None, together=True)  # type: ignore[arg-type]
-        rows = self.data.view(U4).reshape(-1, 4)[offsets >> 4]  # (.., 8 * number, 4 words)
-        lead = offsets.shape[:-1]
+        rows = self.data.view(ROW)
+        shape = (*offsets.shape[:-1], 32)
+        index = offsets >> 4
+        matrices = [rows.take(index[..., 8 * k : 8 * k + 8]) for k in range(number)]
         if transposed:
-            rows = np.ascontiguousarray(rows.view(U2).reshape(*lead, number, 8, 8).swapaxes(-1, -2)).view(U4)
-        rows = rows.reshape(*lead, number, 32)
-        return tuple(np.ascontiguousarray(rows[..., k, :]) for k in range(number))
+            matrices = [np.ascontiguousarray(m.view(U2).reshape(-1, 8, 8).swapaxes(1, 2)) for m in matrices]
+        return tuple(m.view(U4).reshape(shape) for m in matrices)
 
     def store_matrix(self, lanes: Lanes, site: int, address: np.ndarray, number: int, transposed: bool, values: tuple) -> None:
         """stmatrix, the opposite of ldmatrix."""
