@@ -27,7 +27,9 @@ GLOBAL_BYTES = 20  # a fair share of the device's bandwidth
 OPS_PER_SCORE = 6  # maximum, fma, sum, half a conversion, loads and stores of its share
 BIAS_OPS = 8
 SOFTCAP_OPS = 14
+TILE_OPS = 200  # instructions of a warp per tile, whatever its size: addresses, copies, maxima over lanes
 BARRIER_CLOCKS = 40
+TILE_LATENCY = 700  # of one visit from barrier to barrier, however small the tile, for a block that runs alone
 BLOCK_CLOCKS = 1500  # start, first loads, epilogue
 COMBINE_CLOCKS = 6000  # a second launch
 
@@ -82,10 +84,9 @@ def cycles(config: ForwardConfig, work: Work, arch: Arch, sm_count: int) -> floa
     resident = max(1, blocks_per_sm(config, arch))
     busy = min(resident, -(-work.blocks // sm_count))  # blocks that share a multiprocessor
     warps = busy * config.num_warps
-    tile = _tile_clocks(config, busy) * (1 + 2 / warps)  # few warps hide little latency
-    waves = -(-work.blocks // (resident * sm_count)) if work.blocks <= 4 * resident * sm_count else (
-        work.blocks / (resident * sm_count)
-    )
+    tile = max(_tile_clocks(config, busy) * (1 + 2 / warps), TILE_LATENCY / busy)  # few warps hide little latency
+    slots = resident * sm_count
+    waves = -(-work.blocks // slots) if work.blocks <= 4 * slots else work.blocks / slots
     tiles = work.max_tiles if waves <= 1 else work.mean_tiles
     return waves * busy * (tiles * tile + BLOCK_CLOCKS / busy) + (COMBINE_CLOCKS if config.split else 0)
 
@@ -103,8 +104,8 @@ def _tile_clocks(config: ForwardConfig, busy: int) -> float:
     ops = OPS_PER_SCORE + (BIAS_OPS if config.bias_dtype != "none" else 0) + (SOFTCAP_OPS if config.softcapped else 0)
     softmax = scores * ((2 if config.softcapped else 1) / EXPONENTIALS + ops / FLOAT_OPS)
     rescale = config.block_m * config.block_dv / FLOAT_OPS
-    barriers = BARRIER_CLOCKS * (2 if config.num_stages == 1 else 1)
+    fixed = 32 * config.num_warps * TILE_OPS / FLOAT_OPS + BARRIER_CLOCKS * (2 if config.num_stages == 1 else 1)
     overlap = min(busy, 2)  # one block's softmax runs under another's products
     return max(products, (fragments + loads) / SHARED_BYTES, loads / GLOBAL_BYTES) + (
-        softmax + rescale + barriers
+        softmax + rescale + fixed
     ) / overlap

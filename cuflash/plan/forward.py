@@ -14,6 +14,7 @@ from cuflash.problem import Problem
 
 MAX_BLOCKS = 2**31 - 1
 MAX_BLOCK_DV = 256
+MIN_SPLIT_KEYS = 256  # a split of fewer is all overhead
 COMBINE_WARPS = 4
 
 
@@ -149,7 +150,7 @@ def _splits(problem: Problem, config: ForwardConfig, arch: Arch, sms: int, asked
         return [1]
     slots = sms * blocks_per_sm(config, arch)
     efficiency = {}
-    for splits in range(1, min(MAX_SPLITS, key_tiles) + 1):
+    for splits in range(1, min(MAX_SPLITS, -(-key_tiles * config.block_n // MIN_SPLIT_KEYS)) + 1):
         waves = blocks * splits / slots
         efficiency[splits] = waves / -(-blocks * splits // slots)
     best = max(efficiency.values())
@@ -177,7 +178,7 @@ def _candidates(required: dict[str, object], num_splits: int | None) -> Iterator
     chunks = -(-head_dim_v // MAX_BLOCK_DV)
     block_dv = round_up(-(-head_dim_v // chunks), 16)
     for block_m, num_warps in ((128, 4), (128, 8), (64, 4), (32, 2), (16, 1)):
-        for block_n in (128, 64, 32, 16):
+        for block_n in (128, 96, 64, 48, 32, 16):
             for num_stages in (1, 2):
                 for q_in_registers in (False, True):
                     config = ForwardConfig(

@@ -33,6 +33,14 @@ struct ForwardShared {
     const u16* values;  // the same, first column of this block's chunk
 };
 
+// Where the calling thread stands in its block. Made anew by each part of the kernel that needs it, not held throughout.
+template <int kM>
+struct Place {
+    int thread = ptx::thread_index();
+    int lane = thread % 32;
+    int row = thread / 32 * 16 * kM;  // its warp's first, in the query tile
+};
+
 // A compile-time choice as an argument.
 template <bool kValue>
 struct Flag {
@@ -53,11 +61,10 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
 
     extern __shared__ __align__(128) unsigned char shared_memory[];
     auto& shared = *reinterpret_cast<ForwardShared<C>*>(shared_memory);
-    const int thread = threadIdx.x, lane = thread % 32, warp_row = thread / 32 * 16 * kM;
 
     const Work& work = shared.work;
     const KeyTiles& tiles = shared.tiles;
-    if (thread == 0) {
+    if (ptx::thread_index() == 0) {
         shared.work = decode_work<C>(params);
         shared.tiles = KeyTiles::of<C>(params, work);
         const int kv_head = work.head / params.group;
@@ -88,8 +95,9 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
         else if (position + 1 < tiles.end) start(Flag<false>());
     };
 
-    const u32 q_address = ptx::shared_address(shared.q) + warp_row * QTile::kPitch + QTile::lane_by_columns(lane);
-    const ScoreRule<C> rule(params, work, tiles, work.row_begin + warp_row + lane / 4, 2 * (lane % 4));
+    const auto q_of = [&](Place<kM> here) {
+        return ptx::shared_address(shared.q) + here.row * QTile::kPitch + QTile::lane_by_columns(here.lane);
+    };
     LeftFragments<kM, C.q_in_registers ? kD : 1> q_fragments;
     OnlineSoftmax<kM> softmax;         // m, l
     float O[kM][C.block_dv / 8][4];    // unnormalised: 2^(S - m) V, summed over the tiles so far
@@ -97,7 +105,6 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
 
     // One tile of keys: S = Q K(j)^T, P = 2^(S - m), O += P V(j). kCut: some scores of it are masked.
     const auto visit = [&](auto cut, int position) {
-
         ptx::cp_async_wait<0>();  // this thread's share of K(j), with two stages also V(j), has landed
         __syncthreads();          // everyone's has; everyone is done with V(j-1), with two stages also K(j-1)
         if constexpr (kStages == 1) load_v(cut, position);
@@ -106,7 +113,9 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
 
         float S[kM][2 * kN][4];
         clear(S);
-        const u32 k_address = ptx::shared_address(shared.k[position % kStages]) + KTile::lane_by_rows(lane);
+        const Place<kM> here;
+        const u32 q_address = q_of(here);
+        const u32 k_address = ptx::shared_address(shared.k[position % kStages]) + KTile::lane_by_rows(here.lane);
 #pragma unroll
         for (int d = 0; d < kD; ++d) {  // S += Q[:, d] K(j)[:, d]^T
             if constexpr (!C.q_in_registers) q_fragments.template load_column<QTile>(q_address, d, 0);
@@ -120,10 +129,12 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
             ptx::cp_async_commit();
         }
 
+        const Place<kM> there;
+        const ScoreRule<C> rule(params, work, tiles, work.row_begin + there.row + there.lane / 4, 2 * (there.lane % 4));
         rule.template apply<cut.value>(S, tiles.tile(position) * C.block_n);
         softmax.update(S, O, rule.multiplier());  // S becomes P
 
-        const u32 v_address = ptx::shared_address(shared.v[position % kStages]) + VTile::lane_by_columns(lane);
+        const u32 v_address = ptx::shared_address(shared.v[position % kStages]) + VTile::lane_by_columns(there.lane);
 #pragma unroll
         for (int n = 0; n < kN; ++n) {  // O += P[:, n] V(j)[n, :]
             u32 P[kM][4];
@@ -142,7 +153,7 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
         if constexpr (C.q_in_registers) {
             ptx::cp_async_wait<0>();  // this thread's share of Q has landed
             __syncthreads();          // everyone's has
-            q_fragments.template load<QTile>(q_address);
+            q_fragments.template load<QTile>(q_of(Place<kM>()));
         }
         int position = tiles.begin;
         for (; position < tiles.cut_end(); ++position) visit(Flag<true>(), position);
@@ -150,20 +161,21 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
     }
     softmax.finish(O);  // m becomes lse
 
+    const Place<kM> here;
     const int token = work.q_start + work.row_begin;
     if constexpr (C.split) {
         float* o = static_cast<float*>(params.o) + work.split * params.o_split_stride;
         store_partial<C>(O, row_at(o, params.o_strides, work.batch_entry, token, work.head), params.o_strides[1], work,
-                         warp_row, lane);
+                         here.row, here.lane);
     } else {
         __syncthreads();  // everyone is done with Q, K and V, whose place O takes
         u16* o = row_at(static_cast<u16*>(params.o), params.o_strides, work.batch_entry, token, work.head);
-        store_output<C>(O, o, params.o_strides[1], work, ptx::shared_address(shared.o), warp_row, lane);
+        store_output<C>(O, o, params.o_strides[1], work, ptx::shared_address(shared.o), here.row, here.lane);
     }
     if (params.lse != nullptr && work.chunk == 0) {
         float* lse = params.lse + work.split * params.lse_split_stride + work.batch_entry * params.lse_strides[0] +
                      work.head * params.lse_strides[1] + token * params.lse_strides[2];
-        store_lse<C>(softmax.m, lse, params.lse_strides[2], work, warp_row, lane);
+        store_lse<C>(softmax.m, lse, params.lse_strides[2], work, here.row, here.lane);
     }
 }
 

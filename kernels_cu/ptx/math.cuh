@@ -52,11 +52,12 @@ __device__ __forceinline__ float cvt_f32_bf16(u16 bits) {
     return value;
 }
 
-// x, of which the compiler no longer knows where it comes from: what a loop derives from it is computed in every
-// iteration instead of being held in registers across all of them.
-__device__ __forceinline__ u32 forget(u32 x) {
-    asm volatile("" : "+r"(x));
-    return x;
+// Index of the thread in its block, read anew at every call: what derives from it is not held in registers from one use
+// to the next.
+__device__ __forceinline__ int thread_index() {
+    int index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    return index;
 }
 
 // Value of the lane whose index differs in the bits of kMask.

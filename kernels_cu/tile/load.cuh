@@ -20,7 +20,7 @@ struct TileLoader {
     template <bool kPartial>
     static __device__ __forceinline__ void load(u32 tile, const u16* array, i64 row_stride, int columns, int first_row,
                                                 int begin, int end) {
-        const int thread = ptx::forget(threadIdx.x);
+        const int thread = ptx::thread_index();
         const int row = thread / Tile::kSpan, chunk = thread % Tile::kSpan;
         const u32 target = tile + Tile::offset(row, chunk);
         const u16* source = array + (first_row + row) * row_stride + 8 * chunk;

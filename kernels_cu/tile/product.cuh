@@ -11,8 +11,7 @@
 namespace cuflash {
 
 // Operands in shared tiles are given by this lane's address in block (0, 0), by columns (a left operand, B) or by rows
-// (B^T). A step in the shared dimension derives its
-// addresses from that one alone (`forget`): held over all steps, they would take a dozen registers that the sums need.
+// (B^T).
 
 // Left operand [16 kM][16 kK] in registers.
 template <int kM, int kK>
@@ -22,9 +21,8 @@ struct LeftFragments {
     // Columns 16 source .. 16 source + 15 of a shared tile, as fragment k.
     template <class Tile>
     __device__ __forceinline__ void load_column(u32 tile, int source, int k) {
-        const u32 address = ptx::forget(tile);
 #pragma unroll
-        for (int m = 0; m < kM; ++m) ptx::ldmatrix_x4(value[k][m], Tile::block(address, m, source));
+        for (int m = 0; m < kM; ++m) ptx::ldmatrix_x4(value[k][m], Tile::block(tile, m, source));
     }
 
     template <class Tile>
@@ -38,11 +36,10 @@ struct LeftFragments {
 template <Element E, class TileB, int kM, int kN>
 __device__ __forceinline__ void multiply_transposed(float (&sums)[kM][kN][4], const u32 (&a)[kM][4], u32 b, int k) {
     static_assert(8 * kN == TileB::kRows);
-    const u32 address = ptx::forget(b);
 #pragma unroll
     for (int n = 0; n < kN / 2; ++n) {
         u32 block[4];  // B[16n : 16n + 16][16k : 16k + 16]
-        ptx::ldmatrix_x4(block, TileB::block(address, n, k));
+        ptx::ldmatrix_x4(block, TileB::block(b, n, k));
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
             mma<E>(sums[m][2 * n], a[m], block[0], block[1]);
@@ -55,11 +52,10 @@ __device__ __forceinline__ void multiply_transposed(float (&sums)[kM][kN][4], co
 template <Element E, class TileB, int kM, int kN>
 __device__ __forceinline__ void multiply(float (&sums)[kM][kN][4], const u32 (&a)[kM][4], u32 b, int k) {
     static_assert(8 * kN == TileB::kCols);
-    const u32 address = ptx::forget(b);
 #pragma unroll
     for (int n = 0; n < kN / 2; ++n) {
         u32 block[4];  // B[16k : 16k + 16][16n : 16n + 16], each 8x8 transposed
-        ptx::ldmatrix_x4_trans(block, TileB::block(address, k, n));
+        ptx::ldmatrix_x4_trans(block, TileB::block(b, k, n));
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
             mma<E>(sums[m][2 * n], a[m], block[0], block[1]);
