@@ -11,6 +11,7 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
 import numpy as np
 
 import cuflash
+from cuflash.plan.config import ForwardConfig
 from tests import oracle, tolerances
 
 KERNEL_DTYPES = ("float16", "bfloat16")
@@ -103,6 +104,19 @@ class Case:
 
     def of_lengths(self, seqlen_q: int, seqlen_k: int) -> Case:
         return replace(self, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+
+
+def tiled(case: Case, num_splits: int = 1, **tile: Any) -> Case:
+    """The case with an explicit tile configuration; `tile` has the fields that differ from a plain one."""
+    fields: dict[str, Any] = {
+        "dtype": case.dtype, "bias_dtype": case.bias_dtype if case.bias else "none",
+        "head_dim": case.head_dim, "head_dim_v": case.head_dim_v, "block_m": 64, "block_n": 32,
+        "block_dv": -(-case.head_dim_v // 16) * 16, "num_warps": 4, "num_stages": 2, "q_in_registers": False,
+        "load_bytes": 16, "store_bytes": 16 if num_splits == 1 else 8,
+        "windowed": case.causal or case.window is not None, "softcapped": case.softcap is not None,
+        "varlen": case.packed, "split": num_splits > 1,
+    }  # fmt: skip
+    return case.but(options=cuflash.Options(num_splits=num_splits, config=ForwardConfig(**fields | tile)))
 
 
 class Inputs(NamedTuple):

@@ -11,6 +11,7 @@ import cuflash
 from cuflash.jit import compiler
 from tests import oracle, tolerances
 from tests.attention.cases import Case, call, check, make
+from tests.attention.far import check_far
 from tests.devices import CpuDevice
 
 
@@ -62,6 +63,10 @@ def test_offsets_past_32_bits(axis: int) -> None:
         view[...] = array
     got, lse = cuflash.attention(*far, return_lse=True)
     tolerances.assert_attention(got, lse, *dense)
+
+
+def test_offsets_past_32_bits_in_the_kernel() -> None:
+    check_far()
 
 
 @pytest.mark.parametrize("columns", [63, 64, 65, 127, 129, 200])

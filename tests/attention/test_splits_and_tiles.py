@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 import cuflash
-from cuflash.plan.config import ForwardConfig
-from tests.attention.cases import Case, check
+from tests.attention.cases import Case, check, tiled
 
 MASKS: dict[str, dict[str, Any]] = {
     "full": {}, "causal": {"causal": True}, "window": {"window": (30, 3)}, "bias": {"bias": "b..k"},
@@ -37,17 +36,6 @@ def test_splits_of_short_sequences(device: Any, lengths: tuple[int, int], num_sp
 def test_splits_of_other_heads(device: Any, head_dim: int, dtype: str) -> None:
     options = cuflash.Options(num_splits=3)
     check(device, DECODE.but(dtype=dtype, head_dim=head_dim, head_dim_v=head_dim, options=options, batch=1))
-
-
-def _config(case: Case, **tile: Any) -> ForwardConfig:
-    fields: dict[str, Any] = {
-        "dtype": case.dtype, "bias_dtype": case.bias_dtype if case.bias else "none",
-        "head_dim": case.head_dim, "head_dim_v": case.head_dim_v, "block_m": 64, "block_n": 32,
-        "block_dv": -(-case.head_dim_v // 16) * 16, "num_warps": 4, "num_stages": 2, "q_in_registers": False,
-        "load_bytes": 16, "store_bytes": 16, "windowed": case.causal or case.window is not None,
-        "softcapped": case.softcap is not None, "varlen": case.packed, "split": False,
-    }  # fmt: skip
-    return ForwardConfig(**fields | tile)
 
 
 TILES: dict[str, dict[str, Any]] = {
@@ -79,18 +67,17 @@ TILED_CASES = {
 @pytest.mark.parametrize("tile", TILES)
 def test_tiles(device: Any, tile: str, name: str) -> None:
     case = TILED_CASES[name]
-    check(device, case.but(options=cuflash.Options(num_splits=1, config=_config(case, **TILES[tile]))))
+    check(device, tiled(case, **TILES[tile]))
 
 
 @pytest.mark.parametrize("tile", ["16x16_1_warp", "64x80", "narrow_columns"])
 def test_tiles_of_split_keys(device: Any, tile: str) -> None:
     case = TILED_CASES["plain"]
-    options = cuflash.Options(num_splits=3, config=_config(case, **TILES[tile], split=True))
-    check(device, case.but(options=options))
+    check(device, tiled(case, num_splits=3, **TILES[tile]))
 
 
 @pytest.mark.parametrize("tile", ["16x16_1_warp", "32x48_2_warps", "one_stage", "q_in_registers"])
 @pytest.mark.parametrize(("head_dim", "head_dim_v"), [(40, 104), (128, 128)])
 def test_tiles_of_other_heads(device: Any, tile: str, head_dim: int, head_dim_v: int) -> None:
     case = TILED_CASES["plain"].but(head_dim=head_dim, head_dim_v=head_dim_v)
-    check(device, case.but(options=cuflash.Options(num_splits=1, config=_config(case, **TILES[tile]))))
+    check(device, tiled(case, **TILES[tile]))
