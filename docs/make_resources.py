@@ -34,10 +34,11 @@ TEXT = """\
 
 Written by `python docs/make_resources.py`; a test fails when a shipped kernel spills or is missing here.
 
-Every configuration that the plan chooses for the common problems (`cuflash.plan.shipped`), compiled for {archs}
-by NVRTC {version}: {count} kernels, {spills}. The numbers under the architectures are registers of a thread, the larger
-of float16 and bfloat16; a dash says that the plan chooses another tile there. Tiles are queries x keys x output
-columns; shared memory is dynamic, per block.
+Every configuration that the plan chooses for the common problems (`cuflash.plan.shipped`), compiled by
+NVRTC {version}: {count} kernels, {spills}.
+
+The numbers under the architectures are registers of a thread, the larger of float16 and bfloat16; a dash says that the
+plan chooses another tile there. Tiles are queries x keys x output columns; shared memory is dynamic, per block.
 
 ## Forward
 
@@ -68,7 +69,7 @@ def row(config: KernelConfig) -> Row:
         str(config.num_warps),
         str(config.num_stages),
         "yes" if config.q_in_registers else "no",
-        f"{shared_bytes(config) / 1024:g}",
+        f"{shared_bytes(config) / 1024:.1f}",
     )
 
 
@@ -85,7 +86,6 @@ def document(done: list[tuple[KernelConfig, str, Resources]]) -> str:
         cell[arch] = max(cell.get(arch, used), used, key=lambda resources: (spills(resources), resources.registers))
     spilling = sum(spills(used) > 0 for _, _, used in done)
     return TEXT.format(
-        archs=", ".join(ARCHS),
         version=compiler_version(),
         count=len(done),
         spills=f"{spilling} of them spilling" if spilling else "none of them spilling",
