@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
+import cuflash.jit
 from cuflash import records
 from cuflash.emulator import Device
-from cuflash.jit import build
 from cuflash.layout import Layout
 from cuflash.options import Options
 from cuflash.plan.arch import arch_named
@@ -50,7 +50,7 @@ def _run(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
         arrays[name] = device.to_device(np.array([START, START + length], np.int32), name=name)
         record[name] = arrays[name].pointer
     launch = plan.forward
-    kernel = device.load(build.compile_ptx(launch.config, ARCH)).kernel(launch.config.entry)
+    kernel = device.load(cuflash.jit.compile_ptx(launch.config, ARCH)).kernel(launch.config.entry)
     kernel.launch(launch.grid, launch.block, (record,), shared_bytes=launch.shared_bytes)
     return arrays["o"].to_host(), lse.to_host()
 

@@ -1,0 +1,413 @@
+"""The faults that the tests of the kernels must catch, what each breaks, and how it shows.
+
+WrongResult: the comparison with the oracle fails. BankConflicts: the result is right, but slow to get. The others are
+faults of the emulated device.
+"""
+
+from __future__ import annotations
+
+from cuflash.emulator.faults import OutOfBounds, Race, Uninitialized
+from tests.attention.cases import Case, tiled
+from tests.mutations.mutate import BankConflicts, Mutation, WrongResult
+
+BARRIER = "__syncthreads();"
+BASE = Case(batch=2, num_heads=4, num_kv_heads=2, seqlen_q=70, seqlen_k=150)
+ONE = Case(batch=1, num_heads=1, num_kv_heads=1, seqlen_q=70, seqlen_k=150)
+CAUSAL = tiled(ONE.but(causal=True))
+PLAIN = tiled(ONE)
+ONE_STAGE = tiled(ONE, num_stages=1)
+IN_REGISTERS = tiled(ONE, q_in_registers=True)
+GROUPED = tiled(BASE)
+BIASED = tiled(BASE.but(bias="bhqk"))
+CAPPED = tiled(ONE.but(bias="..qk", softcap=1.5))
+WINDOW = tiled(ONE.but(window=(20, 9)))
+LATE_START = tiled(ONE.but(seqlen_q=150, seqlen_k=70, causal=True))  # rows that see nothing
+SPLIT = tiled(ONE.but(seqlen_q=20), num_splits=3)
+PACKED = tiled(Case(num_heads=2, num_kv_heads=1, sequences=((40, 70), (5, 0), (17, 90))))
+ODD = tiled(ONE.but(head_dim=33, head_dim_v=33), load_bytes=2, store_bytes=2)
+NARROW = tiled(ONE.but(head_dim=40, head_dim_v=40))
+WIDE_VALUES = tiled(ONE.but(head_dim_v=128))  # O takes the place of Q and of some of K
+COLUMNS = tiled(ONE.but(head_dim_v=128), block_dv=64)
+
+FORWARD, TILES, SCORES = "kernels/forward.cu", "attention/key_tiles.cuh", "attention/scores.cuh"
+SOFTMAX, EPILOGUE, WORK = "attention/softmax.cuh", "attention/epilogue.cuh", "attention/work.cuh"
+LOAD, PRODUCT, SHARED_TILE = "tile/load.cuh", "tile/product.cuh", "tile/shared_tile.cuh"
+COPY, MATH, COMBINE = "ptx/copy.cuh", "ptx/math.cuh", "kernels/combine.cu"
+MERGE = "attention/merge.cuh"
+
+WAIT_K = "ptx::cp_async_wait<0>();  // this thread's share of K(j)"
+WAIT_V = "ptx::cp_async_wait<0>();  // this thread's share of V(j)"
+WAIT_Q = "ptx::cp_async_wait<0>();  // this thread's share of Q"
+
+SYNCHRONISATION = [
+    Mutation("no wait for K and V", FORWARD, WAIT_K, "//", PLAIN, Race),
+    Mutation("a wait that is one group short", FORWARD, WAIT_K, WAIT_K.replace("0", "1"), PLAIN, Race),
+    Mutation("no wait for V, one stage", FORWARD, WAIT_V, "//", ONE_STAGE, Race),
+    Mutation("no wait for Q in registers", FORWARD, WAIT_Q, "//", IN_REGISTERS, Race),
+    Mutation(
+        "copies not committed",
+        FORWARD,
+        "else load_next(cut, position);\n        ptx::cp_async_commit();",
+        "else load_next(cut, position);",
+        PLAIN,
+        Race,
+    ),
+    Mutation(
+        "no barrier before the tile is known", FORWARD, f"{BARRIER}  // work and tiles", "//", PLAIN, Uninitialized
+    ),
+    Mutation(
+        "no barrier at a tile's start",
+        FORWARD,
+        f"{BARRIER}          // everyone's has; everyone is done with V(j-1)",
+        "//",
+        PLAIN,
+        Race,
+    ),
+    Mutation(
+        "no barrier before V, one stage",
+        FORWARD,
+        f"{BARRIER}          // everyone's has; everyone is done with K(j)",
+        "//",
+        ONE_STAGE,
+        Race,
+    ),
+    Mutation("no barrier behind Q", FORWARD, f"{BARRIER}          // everyone's has\n", "\n", IN_REGISTERS, Race),
+    Mutation(
+        "no barrier before the epilogue", FORWARD, f"{BARRIER}  // everyone is done with Q", "//", WIDE_VALUES, Race
+    ),
+    Mutation("no warp barrier in the epilogue", EPILOGUE, "__syncwarp();", "", PLAIN, Race),
+    Mutation(
+        "one buffer for two tiles of K",
+        FORWARD,
+        "const u32 target = ptx::shared_address(shared.k[position % kStages]);",
+        "const u32 target = ptx::shared_address(shared.k[0]);",
+        PLAIN,
+        Race,
+    ),
+    Mutation(
+        "one buffer for two tiles of V",
+        FORWARD,
+        "const u32 target = ptx::shared_address(shared.v[position % kStages]);",
+        "const u32 target = ptx::shared_address(shared.v[0]);",
+        PLAIN,
+        Race,
+    ),
+]
+
+MEMORY = [
+    Mutation(
+        "tail keys loaded", LOAD, "begin <= array_row && array_row < end", "begin <= array_row", PLAIN, OutOfBounds
+    ),
+    Mutation(
+        "hidden keys loaded", LOAD, "begin <= array_row && array_row < end", "array_row < end", WINDOW, WrongResult
+    ),
+    Mutation(
+        "tail queries loaded",
+        FORWARD,
+        "work.row_begin, 0,\n                                     work.len_q);",
+        "work.row_begin, 0,\n                                     work.row_begin + C.block_m);",
+        PLAIN,
+        OutOfBounds,
+    ),
+    Mutation(
+        "columns past head_dim loaded",
+        LOAD,
+        "min(max(2 * columns - 16 * (chunk + j), 0), 16)",
+        "16",
+        NARROW,
+        OutOfBounds,
+    ),
+    Mutation(
+        "one element past an odd row",
+        LOAD,
+        "2 * at + 2 < valid ? source[at + 1] : 0",
+        "source[at + 1]",
+        ODD,
+        OutOfBounds,
+    ),
+    Mutation(
+        "zero fill without a size",
+        COPY,
+        '"cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared)',
+        '"cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared)',
+        PLAIN,
+        OutOfBounds,
+    ),
+    Mutation(
+        "a tile past the last prefetched",
+        FORWARD,
+        "else if (position + 1 < tiles.end) start",
+        "else if (position + 1 <= tiles.end) start",
+        PLAIN,
+        OutOfBounds,
+    ),
+    Mutation("rows past the end stored", EPILOGUE, "if (row >= rows) break;", "", PLAIN, OutOfBounds),
+    Mutation("partial rows past the end stored", EPILOGUE, "if (row >= rows) continue;", "", SPLIT, OutOfBounds),
+    Mutation("lse past the end stored", EPILOGUE, "if (row < rows) lse", "lse", PLAIN, OutOfBounds),
+    Mutation("columns past head_dim_v stored", EPILOGUE, "if (columns > 0) ptx", "ptx", NARROW, Race),
+    Mutation(
+        "bias of rows past the end read", SCORES, "row < work.len_q && ", "", BIASED, (OutOfBounds, Uninitialized)
+    ),
+    Mutation(
+        "bias strides swapped",
+        SCORES,
+        "row * params.bias_strides[2] + key * params.bias_strides[3]",
+        "row * params.bias_strides[3] + key * params.bias_strides[2]",
+        BIASED,
+        (OutOfBounds, Uninitialized),
+    ),
+]
+
+MASKS = [
+    Mutation(
+        "diagonal off by one",
+        TILES,
+        "(work.len_k) - work.len_q)",
+        "(work.len_k) - work.len_q + 1)",
+        CAUSAL,
+        WrongResult,
+    ),
+    Mutation(
+        "aligned to the top left",
+        TILES,
+        "shift(static_cast<i64>(work.len_k) - work.len_q)",
+        "shift(0)",
+        CAUSAL,
+        WrongResult,
+    ),
+    Mutation("left bound off by one", TILES, "row + shift - left)", "row + shift - left + 1)", WINDOW, WrongResult),
+    Mutation("right bound off by one", TILES, "row + shift + right + 1)", "row + shift + right)", WINDOW, WrongResult),
+    Mutation(
+        "window in 32 bits",
+        TILES,
+        "row + shift - left)",
+        "static_cast<int>(row + shift) - left)",
+        LATE_START,
+        WrongResult,
+    ),
+    Mutation(
+        "last tile of keys left out",
+        TILES,
+        "1 + (tiles.key_end - 1) / C.block_n",
+        "tiles.key_end / C.block_n",
+        PLAIN,
+        WrongResult,
+    ),
+    Mutation(
+        "right edge unmasked",
+        TILES,
+        "tiles.right_cut = tiles.last - full_last;",
+        "tiles.right_cut = 0;",
+        CAUSAL,
+        WrongResult,
+    ),
+    Mutation(
+        "left edge unmasked",
+        TILES,
+        "tiles.left_cut = min(full_first, full_last) - tiles.first;",
+        "tiles.left_cut = 0;",
+        tiled(ONE.but(window=(20, None))),
+        WrongResult,
+    ),
+    Mutation(
+        "tail keys unmasked",
+        TILES,
+        "tiles.right_cut = tiles.last - full_last;",
+        "tiles.right_cut = 0;",
+        PLAIN,
+        WrongResult,
+    ),
+    Mutation(
+        "diagonal tiles taken for full",
+        TILES,
+        "const int full_end = C.windowed ? window.end(work.row_begin)",
+        "const int full_end = C.windowed ? window.end(row_last)",
+        CAUSAL,
+        WrongResult,
+    ),
+    Mutation(
+        "one hidden key seen", SCORES, "visible = 8 * n + e < end", "visible = 8 * n + e <= end", CAUSAL, WrongResult
+    ),
+    Mutation(
+        "mask inverted",
+        SCORES,
+        "visible ? S[n][2 * h + e] : -kInfinity",
+        "visible ? -kInfinity : S[n][2 * h + e]",
+        CAUSAL,
+        WrongResult,
+    ),
+]
+
+NUMBERS = [
+    Mutation("O not rescaled", SOFTMAX, "O[i][n][e] *= decay[i][h];", "O[i][n][e] *= 1.0f;", PLAIN, WrongResult),
+    Mutation("l not rescaled", SOFTMAX, "l[i][h] *= decay[i][h];", "", PLAIN, WrongResult),
+    Mutation("m not kept", SOFTMAX, "m[i][h] = grown;", "", PLAIN, WrongResult),
+    Mutation("-inf minus -inf", SOFTMAX, "m[i][h] = kLowest", "m[i][h] = -kInfinity", LATE_START, WrongResult),
+    Mutation(
+        "empty rows divided",
+        SOFTMAX,
+        "total == 0.0f ? 0.0f : ptx::rcp(total)",
+        "ptx::rcp(total)",
+        LATE_START,
+        WrongResult,
+    ),
+    Mutation(
+        "lse in base 2", SOFTMAX, "kLn2 * (m[i][h] + ptx::lg2(total))", "m[i][h] + ptx::lg2(total)", PLAIN, WrongResult
+    ),
+    Mutation("lse without the maximum", SOFTMAX, "(m[i][h] + ptx::lg2(total))", "ptx::lg2(total)", PLAIN, WrongResult),
+    Mutation(
+        "shuffle dropped from the maximum", PRODUCT, "x = fmaxf(x, ptx::shfl_bfly<1>(x));", "", PLAIN, WrongResult
+    ),
+    Mutation("shuffle dropped from the sum", PRODUCT, "x += ptx::shfl_bfly<1>(x);", "", PLAIN, WrongResult),
+    Mutation(
+        "scale in natural units", SCORES, "kRaw ? params.scale * kLog2E", "kRaw ? params.scale", PLAIN, WrongResult
+    ),
+    Mutation("bias in natural units", SCORES, "offset), kLog2E, score)", "offset), 1.0f, score)", BIASED, WrongResult),
+    Mutation(
+        "bias capped with the score",
+        SCORES,
+        "score = fmaf(load_element<C.bias_dtype>(bias, offset), kLog2E, score);",
+        "score = params.softcap * kLog2E * tanh_accurate((load_element<C.bias_dtype>(bias, offset) + score / kLog2E) / "
+        "params.softcap);",
+        CAPPED,
+        WrongResult,
+    ),
+    Mutation(
+        "softcap without its scale",
+        SCORES,
+        "score = params.softcap * kLog2E * tanh",
+        "score = kLog2E * tanh",
+        CAPPED,
+        WrongResult,
+    ),
+    Mutation(
+        "wrong fragments of K",
+        SHARED_TILE,
+        "offset(lane / 16 * 8 + lane % 8, lane / 8 % 2)",
+        "offset(lane % 16, lane / 16)",
+        PLAIN,
+        WrongResult,
+    ),
+    Mutation("V not transposed", PRODUCT, "ptx::ldmatrix_x4_trans(block", "ptx::ldmatrix_x4(block", PLAIN, WrongResult),
+    Mutation(
+        "swapped halves of P",
+        PRODUCT,
+        "a[m][1] = pack<E>(sums[m][2 * k][2]",
+        "a[m][1] = pack<E>(sums[m][2 * k][0]",
+        PLAIN,
+        WrongResult,
+    ),
+    Mutation(
+        "swapped pair in a conversion",
+        MATH,
+        '"cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low)',
+        '"cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(low), "f"(high)',
+        PLAIN,
+        WrongResult,
+    ),
+    Mutation("chunks not swizzled", SHARED_TILE, "16 * (chunk ^ swizzle(row))", "16 * chunk", PLAIN, BankConflicts),
+    Mutation(
+        "rows read without their swizzle",
+        SHARED_TILE,
+        "{ return offset(lane % 16, lane / 16); }",
+        "{ return lane % 16 * kPitch + lane / 16 * 16; }",
+        PLAIN,
+        WrongResult,
+    ),
+]
+
+COMBINING = [
+    Mutation("weights in natural units", MERGE, "(lses[i] - shift) * kLog2E", "lses[i] - shift", SPLIT, WrongResult),
+    Mutation("weights not normalised", MERGE, "weight[i] *= inverse;", "", SPLIT, WrongResult),
+    Mutation("lse of the greatest part", MERGE, "shift + kLn2 * ptx::lg2(sum)", "shift", SPLIT, WrongResult),
+    Mutation("shuffle dropped", MERGE, "return x + ptx::shfl_bfly<1>(x);", "return x;", SPLIT, WrongResult),
+    Mutation(
+        "weight of the next part",
+        COMBINE,
+        "weights.weight[i], state % 32",
+        "weights.weight[i], (state + 1) % 32",
+        SPLIT,
+        WrongResult,
+    ),
+    Mutation(
+        "last part left out",
+        COMBINE,
+        "min(32 * i + 32, params.num_states)",
+        "min(32 * i + 32, params.num_states - 1)",
+        SPLIT,
+        WrongResult,
+    ),
+]
+
+OFFSETS = [
+    Mutation(
+        "offset of a token in 32 bits",
+        WORK,
+        "token * strides[1]",
+        "static_cast<int>(token * strides[1])",
+        None,
+        OutOfBounds,
+    ),
+]
+
+WORK_SHARES = [
+    Mutation(
+        "wrong key/value head", FORWARD, "work.head / params.group", "work.head % params.group", GROUPED, WrongResult
+    ),
+    Mutation(
+        "bias of the key/value head",
+        SCORES,
+        "work.head * params.bias_strides[1]",
+        "work.head / params.group * params.bias_strides[1]",
+        BIASED,
+        WrongResult,
+    ),
+    Mutation("bias of the first sequence", SCORES, "work.sequence * params.bias_strides[0]", "0", BIASED, WrongResult),
+    Mutation(
+        "first columns for every chunk",
+        FORWARD,
+        " + work.chunk * C.block_dv;",
+        ";",
+        COLUMNS,
+        WrongResult,
+    ),
+    Mutation("lse of the first tile only", FORWARD, "token * params.lse_strides[2]", "0", PLAIN, Race),
+    Mutation(
+        "splits overlap",
+        TILES,
+        "(count * work.split / params.num_splits)",
+        "(max(count * work.split / params.num_splits - 1, 0ll))",
+        SPLIT,
+        WrongResult,
+    ),
+    Mutation(
+        "splits leave keys out",
+        TILES,
+        "(count * (work.split + 1) / params.num_splits)",
+        "(max(count * (work.split + 1) / params.num_splits - 1, 0ll))",
+        SPLIT,
+        WrongResult,
+    ),
+    Mutation("all splits in one place", FORWARD, "work.split * params.o_split_stride", "0", SPLIT, Race),
+    Mutation(
+        "keys from the queries' start",
+        WORK,
+        "real ? token_at(params.cu_seqlens_k, b, params.total_k)",
+        "real ? token_at(params.cu_seqlens_q, b, params.total_k)",
+        PACKED,
+        WrongResult,
+    ),
+    Mutation(
+        "slot of the sequence before", WORK, "if (first <= slot) low", "if (first < slot) low", PACKED, Uninitialized
+    ),
+    Mutation(
+        "tiles not counted per sequence",
+        WORK,
+        "slot - (work.q_start / C.block_m + b)",
+        "slot - work.q_start / C.block_m",
+        PACKED,
+        Uninitialized,
+    ),
+]
+
+MUTATIONS = [*SYNCHRONISATION, *MEMORY, *MASKS, *NUMBERS, *WORK_SHARES, *COMBINING, *OFFSETS]
