@@ -1,4 +1,5 @@
-"""Limits of the emulated architectures (CUDA C++ Programming Guide, table of technical specifications per compute capability)."""
+"""Limits of the emulated architectures (CUDA C++ Programming Guide, table of technical specifications per compute
+capability)."""
 
 from __future__ import annotations
 

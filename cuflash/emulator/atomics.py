@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
+
+from cuflash.emulator.conversions import bfloat, bfloats, from_bfloats, from_halves, halves, to_bfloat
 
 
 def _wrap_up(old: np.ndarray, limit: np.ndarray) -> np.ndarray:
@@ -15,15 +18,15 @@ def _wrap_down(old: np.ndarray, limit: np.ndarray) -> np.ndarray:
     return np.where((old == 0) | (old > limit), limit, old - old.dtype.type(1))
 
 
-def _bfloat_add(old: np.ndarray, value: np.ndarray) -> np.ndarray:
-    from cuflash.emulator.numerics import bfloat, to_bfloat
+def _swap(old: np.ndarray, compare: np.ndarray, value: np.ndarray) -> np.ndarray:
+    return np.where(old == compare, value, old)
 
+
+def _bfloat_add(old: np.ndarray, value: np.ndarray) -> np.ndarray:
     return to_bfloat(bfloat(old) + bfloat(value))
 
 
 def _pair_add(t: str) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    from cuflash.emulator.numerics import bfloats, from_bfloats, from_halves, halves
-
     if t == "f16x2":
         return lambda old, value: from_halves(halves(old) + halves(value))
     return lambda old, value: from_bfloats(bfloats(old) + bfloats(value))
@@ -37,7 +40,7 @@ OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
     "or": np.bitwise_or,
     "xor": np.bitwise_xor,
     "exch": lambda old, value: value,
-    "cas": lambda old, compare, value: np.where(old == compare, value, old),
+    "cas": _swap,
     "inc": _wrap_up,
     "dec": _wrap_down,
 }
@@ -62,7 +65,7 @@ def apply_atomic(view: np.ndarray, index: np.ndarray, operation: str, values: tu
     sorted_values = tuple(v[order] for v in values)
     by_rank = np.argsort(rank, kind="stable")
     edges = np.searchsorted(rank[by_rank], np.arange(rank.max() + 2))
-    for begin, end in zip(edges[:-1], edges[1:], strict=True):  # the k-th lane at every place, all places together
+    for begin, end in pairwise(edges):  # the k-th lane at every place, all places together
         turn = by_rank[begin:end]
         old = view[places[turn]]
         found[turn] = old

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class Barriers:
     """State of sixteen barriers per block.
 
-    arrived : threads that have arrived; expected : threads to wait for (0: nobody came yet); members : warps among the arrived;
+    arrived : threads that have arrived; expected : threads to wait for (0: nobody came yet); members : warps among
+        the arrived;
     waiting : barrier that each warp waits at, or -1; site : where it waits.
     """
 
@@ -28,7 +29,9 @@ class Barriers:
         self.expected = np.zeros(shape, np.int64)
         self.members = np.zeros((*shape, machine.warps), bool)
         self.waiting = np.full((machine.blocks, machine.warps), -1, np.int64)
-        self.given = np.zeros((*shape, 2), np.int64)  # threads whose predicate held, threads that gave one, of a reduction
+        self.given = np.zeros(
+            (*shape, 2), np.int64
+        )  # threads whose predicate held, threads that gave one, of a reduction
         self.reduced = np.zeros((*shape, 2), np.int64)  # the same when the barrier last let go
         self.sites: dict[tuple[int, int], Site] = {}
 
@@ -36,7 +39,14 @@ class Barriers:
         """Warps arrive at a barrier; True when all of them may go on at once."""
         machine = self.machine
         every = machine.warps * 32
-        if count is None and wait and np.ndim(number) == 0 and lanes.blocks is None and lanes.warps is None and not self.arrived.any():
+        if (
+            count is None
+            and wait
+            and np.ndim(number) == 0
+            and lanes.blocks is None
+            and lanes.warps is None
+            and not self.arrived.any()
+        ):
             self._check_number(site, int(number))
             rows = np.arange(machine.blocks)
             self.members[rows, int(number)] = True
@@ -45,12 +55,18 @@ class Barriers:
         shape = lanes.shape[:2]
         rows, warps = (np.broadcast_to(x[:, :, 0], shape).reshape(-1) for x in (lanes.rows, lanes.warp))
         numbers = np.broadcast_to(np.asarray(number).astype(np.int64), lanes.shape)[..., 0].reshape(-1)
-        expected = every if count is None else np.broadcast_to(np.asarray(count).astype(np.int64), lanes.shape)[..., 0].reshape(-1)
+        expected = (
+            every
+            if count is None
+            else np.broadcast_to(np.asarray(count).astype(np.int64), lanes.shape)[..., 0].reshape(-1)
+        )
         self._check_number(site, int(numbers.max()))
         known = self.expected[rows, numbers]
         wrong = (known != 0) & (known != expected) | (np.asarray(expected) % 32 != 0) | (np.asarray(expected) == 0)
         if wrong.any():
-            raise self._wrong(lanes, site, wrong, f"barrier {numbers[wrong][0]} is used with different or odd thread counts")
+            raise self._wrong(
+                lanes, site, wrong, f"barrier {numbers[wrong][0]} is used with different or odd thread counts"
+            )
         self.expected[rows, numbers] = expected
         np.add.at(self.arrived, (rows, numbers), 32)
         over = self.arrived[rows, numbers] > expected

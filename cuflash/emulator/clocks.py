@@ -1,8 +1,9 @@
 """Which accesses are ordered before which: vector clocks per warp.
 
-Every warp counts the intervals between its synchronisations (Clocks.time). seen[b, w, x] is the last interval of warp x that is ordered
-before what warp w does now. An access is free of races when every conflicting earlier one lies in an interval that is seen, or was made
-by the very same thread. Every kind of synchronisation only has to say which warps learn what: order_lanes and join.
+Every warp counts the intervals between its synchronisations (Clocks.time). seen[b, w, x] is the last interval of warp
+x that is ordered before what warp w does now. An access is free of races when every conflicting earlier one lies in
+an interval that is seen, or was made by the very same thread. Every kind of synchronisation only has to say which
+warps learn what: order_lanes and join.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 class Clocks:
     """Intervals of every warp of a batch, and which of them are ordered before which warp.
 
-    time : (blocks, warps); seen : (blocks, warps, warps); limit : (blocks, 1, 1), every interval below it is seen by all warps.
+    time : (blocks, warps); seen : (blocks, warps, warps); limit : (blocks, 1, 1), every interval below it is seen by
+        all warps.
     """
 
     def __init__(self, blocks: int, warps: int) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cuflash.emulator.memory import OWNED, WRITTEN
+from cuflash.emulator.memory import NOBODY, OWNED, WRITTEN
 
 if TYPE_CHECKING:
     from cuflash.emulator.lanes import Lanes
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Pending:
-    """Copies of one instruction. thread: linear over the batch; group: number of commits before them (scalar or per copy)."""
+    """Copies of one instruction. thread: linear over the batch; group: number of commits before them (scalar or per
+    copy)."""
 
     thread: np.ndarray
     offsets: np.ndarray
@@ -24,10 +25,14 @@ class Pending:
     size: int
     group: np.ndarray
 
+    def part(self, chosen: np.ndarray, group: np.ndarray) -> Pending:
+        """Some of the copies; group: one number per copy."""
+        return Pending(self.thread[chosen], self.offsets[chosen], self.data[chosen], self.size, group[chosen])
+
 
 class CopyQueue:
-    """cp.async of a batch. Data is read when a copy is issued and appears in shared memory at the wait that covers it ("late") or at
-    once ("early"). Either way nobody may touch the destination in between.
+    """cp.async of a batch. Data is read when a copy is issued and appears in shared memory at the wait that covers it
+    ("late") or at once ("early"). Either way nobody may touch the destination in between.
     """
 
     def __init__(self, machine: Machine, late: bool) -> None:
@@ -41,10 +46,19 @@ class CopyQueue:
         step = 1 if guard is None else np.where(guard, 1, 0)
         lanes.put(self.commits, self._owned, 0, np.asarray(lanes.get(self.commits[0]) + step))
 
-    def issue(self, lanes: Lanes, site: int, shared, source, size: int, length, guard) -> None:  # type: ignore[no-untyped-def]
+    def issue(
+        self,
+        lanes: Lanes,
+        site: int,
+        shared: np.ndarray,
+        source: np.ndarray,
+        size: int,
+        length: np.ndarray | int,
+        guard: np.ndarray | None,
+    ) -> None:
         """cp.async: `length` bytes are read, the rest of `size` is zero."""
         mask = lanes.active(guard)
-        if mask is False:
+        if mask is NOBODY:
             return
         machine = self.machine
         picked = lanes.pick(np.asarray(shared).astype(np.int64), mask)
@@ -63,7 +77,9 @@ class CopyQueue:
             self._write(record)
         self.pending.append(record)
 
-    def _read(self, lanes: Lanes, site: int, source, size: int, length, mask) -> np.ndarray:  # type: ignore[no-untyped-def]
+    def _read(
+        self, lanes: Lanes, site: int, source: np.ndarray, size: int, length: np.ndarray | int, mask: np.ndarray | None
+    ) -> np.ndarray:
         """The bytes to copy, (n, words)."""
         memory, counters = self.machine.memory, self.machine.counters
         every = mask if mask is not None else np.ones(lanes.shape, bool)
@@ -78,7 +94,7 @@ class CopyQueue:
             part = every.copy()
             part[every] = chosen
             if chosen.all():
-                part, chosen = every, slice(None)  # type: ignore[assignment]
+                part, chosen = every, slice(None)
             width = size if count == size else 1
             starts = memory.locate(lanes, site, address[chosen], width, part, OWNED | WRITTEN, "read", flat=True)
             counters.global_access(lanes, starts, int(count), part, False)
@@ -96,9 +112,10 @@ class CopyQueue:
         return data
 
     def wait(self, lanes: Lanes, newest: int | None, guard: np.ndarray | None) -> None:
-        """cp.async.wait_group: all but the `newest` last groups of each thread are complete; None: everything it issued."""
+        """cp.async.wait_group: all but the `newest` last groups of each thread are complete; None: everything it
+        issued."""
         mask = lanes.active(guard)
-        if mask is False or not self.pending:
+        if mask is NOBODY or not self.pending:
             return
         commits = lanes.get(self.commits[0])
         limit = np.asarray(commits - newest) if newest is not None else np.asarray(1 << 40)
@@ -116,9 +133,8 @@ class CopyQueue:
                 waiting.append(record)
             else:
                 group = np.broadcast_to(record.group, record.thread.shape)
-                parts = (record.thread, record.offsets, record.data, group)
-                self._complete(Pending(*(x[done] for x in parts[:3]), record.size, group[done]))
-                waiting.append(Pending(*(x[~done] for x in parts[:3]), record.size, group[~done]))
+                self._complete(record.part(done, group))
+                waiting.append(record.part(~done, group))
         self.pending = waiting
 
     def _complete(self, record: Pending) -> None:

@@ -7,6 +7,7 @@ from math import prod
 from typing import Literal
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from cuflash.emulator import arch as archs
 from cuflash.emulator.faults import InvalidLaunch, Uninitialized
@@ -30,7 +31,16 @@ class DeviceArray:
     shape, strides, dtype, name : as given; strides in bytes
     """
 
-    def __init__(self, device: Device, allocation: Allocation, offset: int, shape, strides, dtype, name: str) -> None:  # type: ignore[no-untyped-def]
+    def __init__(
+        self,
+        device: Device,
+        allocation: Allocation,
+        offset: int,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        dtype: np.dtype,
+        name: str,
+    ) -> None:
         self._device, self._allocation, self._offset = device, allocation, offset
         self.shape: tuple[int, ...] = tuple(shape)
         self.strides: tuple[int, ...] = tuple(strides)
@@ -98,7 +108,8 @@ class Device:
     def to_device(self, array: np.ndarray, name: str | None = None) -> DeviceArray:
         """Copy an array, keeping its strides; bytes between its elements belong to nobody.
 
-        The address keeps its distance from the start of the array's own buffer modulo 256, so an unaligned view stays unaligned.
+        The address keeps its distance from the start of the array's own buffer modulo 256, so an unaligned view stays
+        unaligned.
         """
         array = np.asarray(array)
         result = self.empty_like(array, name)
@@ -108,10 +119,12 @@ class Device:
             result._bytes(self._memory.state)[...] |= WRITTEN
         return result
 
-    def empty(self, shape: int | Sequence[int], dtype: object, name: str | None = None) -> DeviceArray:
+    def empty(self, shape: int | Sequence[int], dtype: DTypeLike, name: str | None = None) -> DeviceArray:
         """A contiguous array that nothing has written: reading it before writing it is a fault."""
         shape = (shape,) if isinstance(shape, (int, np.integer)) else tuple(shape)
-        template = np.lib.stride_tricks.as_strided(np.empty(1, dtype), shape, _contiguous(shape, np.dtype(dtype).itemsize))
+        template = np.lib.stride_tricks.as_strided(
+            np.empty(1, dtype), shape, _contiguous(shape, np.dtype(dtype).itemsize)
+        )
         return self._allocate(shape, template.strides, template.dtype, name, 0)
 
     def empty_like(self, array: np.ndarray, name: str | None = None) -> DeviceArray:
@@ -146,7 +159,9 @@ class Device:
             address = np.uint64(symbols[symbol.name] + symbol.offset)
             self._memory.data[start + offset : start + offset + 8] = np.frombuffer(address.tobytes(), np.uint8)
 
-    def _allocate(self, shape, strides, dtype, name: str | None, phase: int) -> DeviceArray:  # type: ignore[no-untyped-def]
+    def _allocate(
+        self, shape: Sequence[int], strides: Sequence[int], dtype: np.dtype, name: str | None, phase: int
+    ) -> DeviceArray:
         dtype = np.dtype(dtype)
         if dtype.hasobject:
             raise InvalidLaunch(f"dtype = {dtype}: must not hold Python objects")
@@ -184,7 +199,9 @@ class Module:
     def kernel(self, name: str) -> Kernel:
         """A kernel by its name in the PTX."""
         if name not in self._library.entries:
-            raise InvalidLaunch(f"kernel = {name!r}: must be one of {', '.join(self.kernels) or '(this module has none)'}")
+            raise InvalidLaunch(
+                f"kernel = {name!r}: must be one of {', '.join(self.kernels) or '(this module has none)'}"
+            )
         return Kernel(self, self._library.entries[name])
 
 
@@ -206,7 +223,9 @@ class Kernel:
         self.static_shared_bytes = entry.static_shared
         self.param_sizes = tuple(p.size for p in function.params)
 
-    def launch(self, grid, block, args: Sequence[object], shared_bytes: int = 0) -> LaunchReport:  # type: ignore[no-untyped-def]
+    def launch(
+        self, grid: int | Sequence[int], block: int | Sequence[int], args: Sequence[object], shared_bytes: int = 0
+    ) -> LaunchReport:
         """Run the kernel to its end.
 
         Parameters
@@ -232,7 +251,9 @@ class Kernel:
             block=block,
             parameters=parameters,
             memory=device._memory,
-            writers=GlobalWriters(entry.translation.global_granule, len(device._memory.data), device.check_races, prod(grid)),
+            writers=GlobalWriters(
+                entry.translation.global_granule, len(device._memory.data), device.check_races, prod(grid)
+            ),
             counters=counters,
             static_shared=entry.dynamic_start if shared_bytes else entry.static_shared,
             dynamic_shared=shared_bytes,
@@ -250,7 +271,9 @@ class Kernel:
         if prod(block) > archs.MAX_THREADS:
             raise InvalidLaunch(f"block = {block}: must have at most {archs.MAX_THREADS} threads")
         if self.maxntid is not None and prod(block) > prod(self.maxntid):
-            raise InvalidLaunch(f"block = {block}: kernel {self.name} was compiled for at most {prod(self.maxntid)} threads")
+            raise InvalidLaunch(
+                f"block = {block}: kernel {self.name} was compiled for at most {prod(self.maxntid)} threads"
+            )
         required = self._entry.function.reqntid
         if required is not None and block != required:
             raise InvalidLaunch(f"block = {block}: kernel {self.name} requires {required}")
@@ -259,7 +282,8 @@ class Kernel:
             raise InvalidLaunch(f"shared_bytes = {shared_bytes}: must be >= 0")
         if self._entry.dynamic_start + shared_bytes > arch.shared_per_block:
             raise InvalidLaunch(
-                f"shared_bytes = {shared_bytes}: with {static} static bytes must be at most {arch.shared_per_block} on {arch.name}"
+                f"shared_bytes = {shared_bytes}: with {static} static bytes must be at most {arch.shared_per_block} "
+                f"on {arch.name}"
             )
 
     def _pack(self, args: Sequence[object]) -> bytes:
@@ -277,17 +301,19 @@ class Kernel:
             else:
                 raise InvalidLaunch(f"args[{number}] = {arg!r}: must be a DeviceArray or a NumPy scalar or record")
             if len(value) != param.size:
-                raise InvalidLaunch(f"args[{number}] has {len(value)} bytes: parameter {number} of {self.name} has {param.size}")
+                raise InvalidLaunch(
+                    f"args[{number}] has {len(value)} bytes: parameter {number} of {self.name} has {param.size}"
+                )
             data += bytes(-len(data) % param.align) + value
         return bytes(data)
 
 
-def _triple(name: str, value: object, limits: tuple[int, int, int]) -> tuple[int, int, int]:
-    parts = (value,) if isinstance(value, (int, np.integer)) else tuple(value)  # type: ignore[call-overload]
+def _triple(name: str, value: int | Sequence[int], limits: tuple[int, int, int]) -> tuple[int, int, int]:
+    parts = (value,) if isinstance(value, (int, np.integer)) else tuple(value)
     parts = tuple(int(x) for x in parts) + (1,) * (3 - len(parts))
     if len(parts) != 3 or any(not 1 <= p <= most for p, most in zip(parts, limits, strict=True)):
         raise InvalidLaunch(f"{name} = {value}: must be up to three numbers from 1 to {limits}")
-    return parts  # type: ignore[return-value]
+    return parts[0], parts[1], parts[2]
 
 
 def _contiguous(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:

@@ -1,15 +1,16 @@
 """From a function's instructions to basic blocks: calls are inlined, blocks end where threads may part or must wait.
 
-A block that begins with a warp-wide instruction may only run when the warp has gathered (Block.gather). Such instructions therefore
-open a block of their own; what follows them stays in it, because nothing inside a block parts the lanes again.
+A block that begins with a warp-wide instruction may only run when the warp has gathered (Block.gather). Such
+instructions therefore open a block of their own; what follows them stays in it, because nothing inside a block parts
+the lanes again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from cuflash.emulator.faults import UnsupportedInstruction
+from cuflash.emulator.faults import Site, UnsupportedInstruction
 from cuflash.emulator.ir import Args, Function, Imm, Instruction, Mem, Operand, Pair, Program, Reg, Sym, Vec
 
 EXIT = 1 << 30
@@ -20,7 +21,8 @@ WARP_WIDE = ("mma", "ldmatrix", "stmatrix", "movmatrix", "shfl", "vote", "match"
 
 @dataclass(slots=True)
 class Terminator:
-    """How a block ends. kind is jump, branch (guard decides between the targets), switch (index decides), exit, trap or barrier."""
+    """How a block ends. kind is jump, branch (guard decides between the targets), switch (index decides), exit, trap
+    or barrier."""
 
     kind: str
     targets: tuple[int, ...] = ()
@@ -36,12 +38,13 @@ class Block:
     index: int
     body: list[Instruction] = field(default_factory=list)
     end: Terminator = field(default_factory=lambda: Terminator("exit"))
-    gather: str | Operand | None = None
+    gather: str | Imm | Reg | None = None
 
 
 @dataclass(slots=True)
 class Flow:
-    """A kernel as basic blocks in program order, with every register and variable that inlined functions brought along."""
+    """A kernel as basic blocks in program order, with every register and variable that inlined functions brought
+    along."""
 
     function: Function
     blocks: list[Block]
@@ -119,31 +122,37 @@ def _place(
     return False
 
 
-def _site(block: Block):  # type: ignore[no-untyped-def]
+def _site(block: Block) -> Site | None:
     return block.end.instruction.site if block.end.instruction else None
 
 
-def _gather(item: Instruction) -> str | Operand | None:
+def _gather(item: Instruction) -> str | Imm | Reg | None:
     """What an instruction needs of its warp: None, "warp", or its member mask."""
     if item.opcode in BARRIERS:
         if "warp" not in item.modifiers:
             return "warp"
-        return _mask(item.operands[0])
+        return _mask(item, item.operands[0])
     if item.opcode == "barrier_give":
         return "warp"
     if item.opcode not in WARP_WIDE or "sync" not in item.modifiers:
         return None
-    return _mask(item.operands[-1]) if item.opcode in ("shfl", "vote", "match", "redux") else "warp"
+    return _mask(item, item.operands[-1]) if item.opcode in ("shfl", "vote", "match", "redux") else "warp"
 
 
-def _mask(operand: Operand) -> str | Operand:
-    return "warp" if isinstance(operand, Imm) and operand.value % (1 << 32) == FULL_MASK else operand
+def _mask(item: Instruction, operand: Operand) -> str | Imm | Reg:
+    if isinstance(operand, Imm):
+        return "warp" if operand.value % (1 << 32) == FULL_MASK else operand
+    if not isinstance(operand, Reg):
+        raise UnsupportedInstruction(f"member mask {operand} is not supported", item.site)
+    return operand
 
 
 def _expand_guards(body: list[Instruction | str]) -> Iterator[Instruction | str]:
     """Guards on instructions that end a block or gather a warp become branches around them."""
     for number, item in enumerate(body):
-        ends = not isinstance(item, str) and (item.opcode in ("ret", "exit", "trap", "brx") or _gather(item) is not None)
+        ends = not isinstance(item, str) and (
+            item.opcode in ("ret", "exit", "trap", "brx") or _gather(item) is not None
+        )
         if isinstance(item, str):
             yield item
             continue
@@ -186,7 +195,15 @@ def _inline(program: Program, function: Function) -> Function:
     return whole
 
 
-def _inlined_body(program, function, whole, rename, leave, stack, counter):  # type: ignore[no-untyped-def]
+def _inlined_body(
+    program: Program,
+    function: Function,
+    whole: Function,
+    rename: Callable[[str], str],
+    leave: str | None,
+    stack: tuple[str, ...],
+    counter: Iterator[int],
+) -> Iterator[Instruction | str]:
     for item in function.body:
         if isinstance(item, str):
             yield rename(item)
@@ -202,18 +219,20 @@ def _inlined_body(program, function, whole, rename, leave, stack, counter):  # t
         yield leave
 
 
-def _call(program, item, whole, stack, counter):  # type: ignore[no-untyped-def]
+def _call(
+    program: Program, item: Instruction, whole: Function, stack: tuple[str, ...], counter: Iterator[int]
+) -> Iterator[Instruction | str]:
     operands = list(item.operands)
-    results = operands.pop(0).items if isinstance(operands[0], Args) else ()
+    results = operands.pop(0) if isinstance(operands[0], Args) else Args(())
     name = operands.pop(0)
-    arguments = operands[0].items if operands and isinstance(operands[0], Args) else ()
+    arguments = operands.pop(0) if operands else Args(())
     callee = program.functions.get(name.name) if isinstance(name, Sym) else None
-    if callee is None or callee.name in stack:
+    if callee is None or callee.name in stack or not isinstance(results, Args) or not isinstance(arguments, Args):
         reason = "is recursive" if callee is not None else "has no body in this module"
         raise UnsupportedInstruction(f"call of {getattr(name, 'name', name)}, which {reason}", item.site)
     prefix = f"{callee.name}#{next(counter)}."
-    bound = dict(zip((v.name for v in callee.results), (r.name for r in results), strict=True))
-    bound |= dict(zip((v.name for v in callee.params), (a.name for a in arguments), strict=True))
+    bound = {v.name: _name(r, item) for v, r in zip(callee.results, results.items, strict=True)}
+    bound |= {v.name: _name(a, item) for v, a in zip(callee.params, arguments.items, strict=True)}
     own = callee.registers.keys() | callee.variables.keys()
     own |= {label for label in callee.body if isinstance(label, str)}
 
@@ -235,7 +254,13 @@ def _call(program, item, whole, stack, counter):  # type: ignore[no-untyped-def]
         yield skip
 
 
-def _renamed(item: Instruction, rename) -> Instruction:  # type: ignore[no-untyped-def]
+def _name(operand: Operand, item: Instruction) -> str:
+    if not isinstance(operand, (Reg, Sym)):
+        raise UnsupportedInstruction(f"argument {operand} of a call must be a parameter variable", item.site)
+    return operand.name
+
+
+def _renamed(item: Instruction, rename: Callable[[str], str]) -> Instruction:
     def operand(x: Operand) -> Operand:
         if isinstance(x, (Reg, Sym)):
             return replace(x, name=rename(x.name))

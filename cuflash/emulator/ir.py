@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from cuflash.emulator.faults import Site
 
-# Register and operand kinds are NumPy type codes: u = unsigned, i = signed, f = IEEE floating, then bytes; "p" = predicate.
+# Register and operand kinds are NumPy type codes: u = unsigned, i = signed, f = IEEE floating, then bytes; "p" =
+# predicate.
 # bfloat16 and packed types travel as unsigned bits.
 KINDS = {
     "b8": "u1", "u8": "u1", "s8": "i1",
@@ -92,7 +93,8 @@ class Instruction:
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """A .global, .const, .shared, .local or .param variable. data holds initial bytes, symbols (offset, name) addresses."""
+    """A .global, .const, .shared, .local or .param variable. data holds initial bytes, symbols (offset, name)
+    addresses."""
 
     name: str
     space: str

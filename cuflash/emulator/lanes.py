@@ -1,7 +1,8 @@
 """The lanes that execute a block of code together, and how they reach the registers of the whole batch.
 
-Registers of a batch are arrays whose shapes broadcast to (blocks, warps, 32). A selection is the whole batch, some of its blocks, or some
-of its warps; lanes of selected warps may be masked. Inside a selection arrays have shapes that broadcast to Lanes.shape.
+Registers of a batch are arrays whose shapes broadcast to (blocks, warps, 32). A selection is the whole batch, some of
+its blocks, or some of its warps; lanes of selected warps may be masked. Inside a selection arrays have shapes that
+broadcast to Lanes.shape.
 """
 
 from __future__ import annotations
@@ -12,14 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cuflash.emulator.faults import EmulatorFault
-from cuflash.emulator.memory import LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW
+from cuflash.emulator.memory import NOBODY
 from cuflash.emulator.warp import WarpOperations
 
 if TYPE_CHECKING:
     from cuflash.emulator.machine import Machine
 
 LANE = np.arange(32)[None, None, :]
-WINDOW = np.uint64(1 << 32)
 
 
 class Lanes(WarpOperations):
@@ -62,7 +62,7 @@ class Lanes(WarpOperations):
 
     def get(self, value: np.ndarray) -> np.ndarray:
         """The selected part of a register."""
-        if np.ndim(value) == 0 or self.blocks is None and self.warps is None:
+        if np.ndim(value) == 0 or (self.blocks is None and self.warps is None):
             return value
         if self.blocks is not None:
             return value if value.shape[0] == 1 else value[self.blocks]
@@ -103,18 +103,18 @@ class Lanes(WarpOperations):
 
     # --- masks and faults
 
-    def active(self, guard: np.ndarray | None) -> np.ndarray | None | bool:
-        """Lanes that an access touches: None for all of them, False for none, else a mask of shape `shape`."""
+    def active(self, guard: np.ndarray | None) -> np.ndarray | None:
+        """Lanes that an access touches: None for all of them, NOBODY for none, else a mask of shape `shape`."""
         if guard is None:
             return self.mask
         if np.ndim(guard) == 0 or guard.size == 1:
-            return self.mask if np.all(guard) else False
+            return self.mask if np.all(guard) else NOBODY
         mask = np.broadcast_to(guard, self.shape)
         if self.mask is not None:
             mask = mask & self.mask
         if mask.all():
             return None
-        return mask if mask.any() else False
+        return mask if mask.any() else NOBODY
 
     def pick(self, value: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         """Values of the masked lanes as one axis; without a mask, the value as it is."""
@@ -143,7 +143,8 @@ class Lanes(WarpOperations):
         mask: np.ndarray | None,
         message: Callable[[int], str],
     ) -> EmulatorFault:
-        """A fault of the lanes where `bad` holds (picked by `mask`). message gets the position of the first in the picked array."""
+        """A fault of the lanes where `bad` holds (picked by `mask`). message gets the position of the first in the
+        picked array."""
         if mask is None:
             spread = np.broadcast_to(bad, self.shape)
         else:
@@ -159,7 +160,7 @@ class Lanes(WarpOperations):
         tid = int(np.broadcast_to(self.tid, self.shape).reshape(-1)[position])
         return self.machine.block_coordinates(row), self.machine.thread_coordinates(tid)
 
-    # --- special registers and spaces
+    # --- special registers
 
     def special(self, name: str, axis: int) -> np.ndarray:
         """Value of a special register."""
@@ -185,98 +186,22 @@ class Lanes(WarpOperations):
         sizes["total_smem_size"] = sizes["aggr_smem_size"] = machine.shared.size
         if name in ("clock", "clock_hi", "clock64", "globaltimer"):
             machine.ticks += 1
-            return np.array(machine.ticks >> (32 if name == "clock_hi" else 0), np.uint64 if "64" in name or "timer" in name else np.uint32)
+            return np.array(
+                machine.ticks >> (32 if name == "clock_hi" else 0),
+                np.uint64 if "64" in name or "timer" in name else np.uint32,
+            )
         return np.array(sizes.get(name, 0), np.uint32)
 
-    def in_space(self, address: np.ndarray, space: str) -> np.ndarray:
-        """isspacep: whether a generic address lies in a space."""
-        shared, local, param = (self._in_window(address, w) for w in (SHARED_WINDOW, LOCAL_WINDOW, PARAM_WINDOW))
-        return {"shared": shared, "local": local, "param": param}.get(space, ~(shared | local | param))
+    # --- order
 
-    @staticmethod
-    def _in_window(address: np.ndarray, window: int) -> np.ndarray:
-        return (address - np.uint64(window)) < WINDOW
+    def order_warps(self) -> None:
+        """A warp-wide synchronisation: what lanes of a warp did before is ordered before what they do next."""
+        self.machine.clocks.order_lanes(self)
 
-    # --- memory, by space
+    def release(self) -> None:
+        """A release or fence at device scope."""
+        self.machine.writers.release(self)
 
-    def load_global(self, site, address, guard, dtype, count):  # type: ignore[no-untyped-def]
-        return self.machine.memory.load(self, site, address, guard, dtype, count)
-
-    load_const = load_global
-
-    def store_global(self, site, address, guard, dtype, values):  # type: ignore[no-untyped-def]
-        self.machine.memory.store(self, site, address, guard, dtype, values)
-
-    def load_shared(self, site, address, guard, dtype, count):  # type: ignore[no-untyped-def]
-        return self.machine.shared.load(self, site, address, guard, dtype, count)
-
-    def store_shared(self, site, address, guard, dtype, values):  # type: ignore[no-untyped-def]
-        self.machine.shared.store(self, site, address, guard, dtype, values)
-
-    def load_local(self, site, address, guard, dtype, count):  # type: ignore[no-untyped-def]
-        return self.machine.local.load(self, site, address, guard, dtype, count)
-
-    def store_local(self, site, address, guard, dtype, values):  # type: ignore[no-untyped-def]
-        self.machine.local.store(self, site, address, guard, dtype, values)
-
-    def load_param(self, site, address, guard, dtype, count):  # type: ignore[no-untyped-def]
-        return self.machine.parameters.load(self, site, address, guard, dtype, count)
-
-    def load_matrix(self, site, address, number, transposed):  # type: ignore[no-untyped-def]
-        return self.machine.shared.load_matrix(self, site, address, number, transposed)
-
-    def store_matrix(self, site, address, number, transposed, values):  # type: ignore[no-untyped-def]
-        self.machine.shared.store_matrix(self, site, address, number, transposed, values)
-
-    def atomic_global(self, site, address, guard, dtype, operation, values, t):  # type: ignore[no-untyped-def]
-        return self.machine.memory.atomic(self, site, address, guard, dtype, operation, values, t)
-
-    def atomic_shared(self, site, address, guard, dtype, operation, values, t):  # type: ignore[no-untyped-def]
-        return self.machine.shared.atomic(self, site, address, guard, dtype, operation, values, t)
-
-    def load_generic(self, site, address, guard, dtype, count):  # type: ignore[no-untyped-def]
-        results = None
-        for load, local, part in self._spaces("load", address, guard):
-            values = load(site, local, part, dtype, count)
-            if part is guard:
-                return values
-            results = values if results is None else tuple(np.where(part, v, r) for v, r in zip(values, results, strict=True))
-        return results
-
-    def store_generic(self, site, address, guard, dtype, values):  # type: ignore[no-untyped-def]
-        for store, local, part in self._spaces("store", address, guard):
-            store(site, local, part, dtype, values)
-
-    def atomic_generic(self, site, address, guard, dtype, operation, values, t):  # type: ignore[no-untyped-def]
-        result = None
-        for atomic, local, part in self._spaces("atomic", address, guard):
-            old = atomic(site, local, part, dtype, operation, values, t)
-            if part is guard:
-                return old
-            result = old if result is None else np.where(part, old, result)
-        return result
-
-    def _spaces(self, access, address, guard):  # type: ignore[no-untyped-def]
-        """Split a generic access by the space that each address lies in: (function, address in the space, guard)."""
-        mask = self.active(guard)
-        if mask is False:
-            return [(getattr(self, f"{access}_global"), address, FALSE_GUARD)]
-        seen = self.pick(address, mask)
-        parts = []
-        for name, window in (("shared", SHARED_WINDOW), ("local", LOCAL_WINDOW), ("param", PARAM_WINDOW)):
-            inside = self._in_window(seen, window)
-            if not np.any(inside):
-                continue
-            local = (address - np.uint64(window)).astype(np.uint32)
-            function = getattr(self, f"{access}_{name}")
-            if np.all(inside):
-                return [(function, local, guard)]
-            inside = self._in_window(address, window)
-            parts.append((function, local, inside if guard is None else inside & guard))
-        if not parts:
-            return [(getattr(self, f"{access}_global"), address, guard)]
-        outside = self.in_space(address, "global")
-        return [*parts, (getattr(self, f"{access}_global"), address, outside if guard is None else outside & guard)]
-
-
-FALSE_GUARD = np.array(False)
+    def acquire(self) -> None:
+        """An acquire or fence at device scope."""
+        self.machine.writers.acquire(self)

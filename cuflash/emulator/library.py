@@ -18,7 +18,8 @@ KEPT = 256
 class Entry:
     """A kernel ready to run.
 
-    static_shared : bytes of declared shared memory; dynamic_start : where extern shared memory begins; local_size : bytes per thread
+    static_shared : bytes of declared shared memory; dynamic_start : where extern shared memory begins; local_size :
+        bytes per thread
     """
 
     function: Function

@@ -1,13 +1,15 @@
 """A batch of blocks in execution: its registers and memory, and the scheduler that decides which lanes run next.
 
-Every lane has a program counter (the number of a basic block of code). Normally the lowest one in the whole batch runs next, so lanes that
-parted meet again as early as they can; now and then the warp that has waited longest runs instead, so that a loop that waits for another
-warp cannot starve it. With a random order, single warps run ahead until they must wait.
+Every lane has a program counter (the number of a basic block of code). Normally the lowest one in the whole batch
+runs next, so lanes that parted meet again as early as they can; now and then the warp that has waited longest runs
+instead, so that a loop that waits for another warp cannot starve it. With a random order, single warps run ahead
+until they must wait.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +18,8 @@ from cuflash.emulator.clocks import Clocks
 from cuflash.emulator.copies import CopyQueue
 from cuflash.emulator.faults import BarrierDivergence, Deadlock, EmulatorFault, Site, Trap
 from cuflash.emulator.flow import EXIT
-from cuflash.emulator.ir import Reg
+from cuflash.emulator.generic import GenericSpace
+from cuflash.emulator.ir import Imm, Reg
 from cuflash.emulator.lanes import Lanes
 from cuflash.emulator.memory import GlobalMemory, LocalMemory, Parameters
 from cuflash.emulator.races import SharedHistory
@@ -58,7 +61,12 @@ class Machine:
         threads = self.block[0] * self.block[1] * self.block[2]
         self.warps = -(-threads // 32)
         self.translation, self.sites = launch.translation, launch.translation.sites
-        self.memory, self.writers, self.counters, self.parameters = launch.memory, launch.writers, launch.counters, launch.parameters
+        self.memory, self.writers, self.counters, self.parameters = (
+            launch.memory,
+            launch.writers,
+            launch.counters,
+            launch.parameters,
+        )
         self.dynamic_shared, self.ticks = launch.dynamic_shared, 0
         index = np.arange(first, first + count, dtype=np.uint32)
         x, y, _ = self.grid
@@ -69,6 +77,7 @@ class Machine:
             self.clocks, count, self.warps, self.shared.stride, launch.translation.shared_granule, launch.check_races
         )
         self.local = LocalMemory(launch.local_size, count * self.warps * 32)
+        self.generic = GenericSpace(self)
         self.copies = CopyQueue(self, launch.late_copies)
         self.barriers = Barriers(self)
         zeros = {kind: np.zeros((), "?" if kind == "p" else kind) for kind in set(self.translation.kinds)}
@@ -179,7 +188,7 @@ class Machine:
                 return
             self._part()
         if lanes.blocks is not None:
-            where: object = lanes.blocks
+            where: Any = lanes.blocks
             shape: tuple[int, ...] = lanes.shape
         elif lanes.warps is not None:
             where, shape = lanes.warps, (lanes.shape[0], 32)
@@ -247,16 +256,15 @@ class Machine:
         pool[np.arange(len(best)), best] = True
         return pool & able
 
-    def _short_of(self, target: int, here: np.ndarray, gather: object) -> np.ndarray:
+    def _short_of(self, target: int, here: np.ndarray, gather: str | Imm | Reg) -> np.ndarray:
         """Warps (blocks, warps) that have not gathered the lanes which the code at `target` needs."""
         if isinstance(gather, str):
             needed = self.present
         else:
-            if isinstance(gather, Reg):
-                names = self.translation.names
-                members = self.registers[names[gather.name]]
+            if isinstance(gather, Imm):
+                members = np.array(gather.value % (1 << 32), np.uint32)
             else:
-                members = np.array(gather.value % (1 << 32), np.uint32)  # type: ignore[attr-defined]
+                members = self.registers[self.translation.names[gather.name]]
             members = np.broadcast_to(np.asarray(members).view(np.uint32), here.shape)
             bits = (members[..., :, None] >> np.arange(32, dtype=np.uint32)) & 1
             needed = (bits.astype(bool) & here[..., :, None]).any(-2) & self.present
@@ -269,13 +277,13 @@ class Machine:
         return short
 
     def _select(self, here: np.ndarray) -> Lanes:
-        warps = here.any(-1)
+        warps = np.asarray(here.any(-1))
         if warps.all():
             if here.all() or (not self.all_present and (here == self.present).all()):
                 return self.whole
             return Lanes(self, mask=here)
         rows = warps.any(1)
-        if (warps == rows[:, None]).all():
+        if (warps == np.reshape(rows, (-1, 1))).all():
             slots = np.flatnonzero(rows)
             part = here[slots]
             return Lanes(self, blocks=slots, mask=None if part.all() else part)
@@ -299,7 +307,8 @@ class Machine:
         )
 
     def _stuck(self) -> EmulatorFault:
-        """Why nothing can run: a warp whose lanes wait at different places, a barrier that exited threads will not reach, or a deadlock."""
+        """Why nothing can run: a warp whose lanes wait at different places, a barrier that exited threads will not
+        reach, or a deadlock."""
         live = (self.pc < EXIT) & (self.barriers.waiting < 0)[:, :, None]
         for slot, warp in zip(*np.nonzero(live.any(-1)), strict=True):
             places = np.unique(self.pc[slot, warp][self.pc[slot, warp] < EXIT])
@@ -318,8 +327,10 @@ class Machine:
         if (self.pc[slot] == EXIT).any():
             message = f"barrier {number} waits for {expected} threads, {arrived} arrived, and others have exited"
             return BarrierDivergence(message, site, *where)
-        lines = {}
+        lines: dict[str, list[int]] = {}
         for other in np.flatnonzero(waiting[slot] >= 0):
             lines.setdefault(str(self.barriers.sites[slot, int(other)]), []).append(int(other))
         text = "; ".join(f"warps {', '.join(map(str, warps))} wait at {place}" for place, warps in lines.items())
-        return Deadlock(f"no thread can run: barrier {number} waits for {expected} threads, {arrived} arrived; {text}", site, *where)
+        return Deadlock(
+            f"no thread can run: barrier {number} waits for {expected} threads, {arrived} arrived; {text}", site, *where
+        )

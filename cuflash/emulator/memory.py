@@ -21,6 +21,9 @@ OWNED, WRITTEN, CONSTANT = np.uint8(1), np.uint8(2), np.uint8(4)
 WINDOWS = {"global": 0, "const": 0, "shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "param": PARAM_WINDOW}
 
 
+NOBODY = np.zeros(0, bool)  # a mask of no lanes
+
+
 def words(state: int, width: int) -> np.integer:
     """The state byte repeated over an access of 1 to 8 bytes."""
     return np.frombuffer(bytes([state]) * width, f"u{width}")[0]
@@ -47,13 +50,19 @@ def scatter(data: np.ndarray, offsets: np.ndarray, dtype: np.dtype, values: tupl
         view[index + k if k else index] = value
 
 
-def check_alignment(lanes: Lanes, site: int, offsets: np.ndarray, width: int, mask: np.ndarray | None, space: str) -> None:
+def check_alignment(
+    lanes: Lanes, site: int, offsets: np.ndarray, width: int, mask: np.ndarray | None, space: str
+) -> None:
     """Raise Misaligned unless every offset is a multiple of the width."""
     if width > 1 and int(np.bitwise_or.reduce(offsets, axis=None)) & (width - 1):
         bad = offsets & (width - 1) != 0
         flat = np.reshape(offsets, -1)
         raise lanes.fault(
-            Misaligned, site, bad, mask, lambda k: f"{space} address {int(flat[k]):#x} is not a multiple of {width} bytes"
+            Misaligned,
+            site,
+            bad,
+            mask,
+            lambda k: f"{space} address {int(flat[k]):#x} is not a multiple of {width} bytes",
         )
 
 
@@ -75,7 +84,10 @@ class FlatSpace:
                 site,
                 bad,
                 mask,
-                lambda k: f"{self.name} address {int(flat[k]):#x} + {width} bytes lies outside the {self.size} bytes of the {self.owner()}",
+                lambda k: (
+                    f"{self.name} address {int(flat[k]):#x} + {width} bytes lies outside the {self.size} bytes "
+                    f"of the {self.owner()}"
+                ),
             )
         check_alignment(lanes, site, address, width, mask, self.name)
 
@@ -84,7 +96,8 @@ class FlatSpace:
 
 
 class LocalMemory(FlatSpace):
-    """Every thread's own memory. Compilers read local bytes they never wrote (padding), so nothing checks initialisation."""
+    """Every thread's own memory. Compilers read local bytes they never wrote (padding), so nothing checks
+    initialisation."""
 
     def __init__(self, size: int, threads: int) -> None:
         super().__init__("local", size, threads)
@@ -95,16 +108,20 @@ class LocalMemory(FlatSpace):
         thread = lanes.pick(lanes.rows * (lanes.machine.warps * 32) + lanes.tid, mask)
         return address + thread * self.stride
 
-    def load(self, lanes: Lanes, site: int, address: np.ndarray, guard, dtype: np.dtype, count: int) -> tuple:  # type: ignore[no-untyped-def]
+    def load(
+        self, lanes: Lanes, site: int, address: np.ndarray, guard: np.ndarray | None, dtype: np.dtype, count: int
+    ) -> tuple:
         mask = lanes.active(guard)
-        if mask is False:
+        if mask is NOBODY:
             return (np.zeros((), dtype),) * count
         values = gather(self.data, self._offsets(lanes, site, address, dtype.itemsize * count, mask), dtype, count)
         return values if mask is None else tuple(lanes.spread(v, mask) for v in values)
 
-    def store(self, lanes: Lanes, site: int, address: np.ndarray, guard, dtype: np.dtype, values: tuple) -> None:  # type: ignore[no-untyped-def]
+    def store(
+        self, lanes: Lanes, site: int, address: np.ndarray, guard: np.ndarray | None, dtype: np.dtype, values: tuple
+    ) -> None:
         mask = lanes.active(guard)
-        if mask is False:
+        if mask is NOBODY:
             return
         offsets = self._offsets(lanes, site, address, dtype.itemsize * len(values), mask)
         scatter(self.data, offsets, dtype, tuple(lanes.pick(v, mask) for v in values))
@@ -121,9 +138,11 @@ class Parameters(FlatSpace):
         """A parameter at a constant offset."""
         return np.frombuffer(self.data.data, dtype, 1, offset)[0]
 
-    def load(self, lanes: Lanes, site: int, address: np.ndarray, guard, dtype: np.dtype, count: int) -> tuple:  # type: ignore[no-untyped-def]
+    def load(
+        self, lanes: Lanes, site: int, address: np.ndarray, guard: np.ndarray | None, dtype: np.dtype, count: int
+    ) -> tuple:
         mask = lanes.active(guard)
-        if mask is False:
+        if mask is NOBODY:
             return (np.zeros((), dtype),) * count
         offsets = lanes.pick(address.astype(np.int64), mask)
         self.check(lanes, site, offsets, dtype.itemsize * count, mask)
@@ -143,7 +162,8 @@ class Allocation:
 class GlobalMemory:
     """Global memory of a device: one arena; every byte has a state (owned by an array, written, constant).
 
-    Addresses are GLOBAL_BASE + offset. Allocations stand at least RED_ZONE bytes apart, so a small overrun meets nobody's memory.
+    Addresses are GLOBAL_BASE + offset. Allocations stand at least RED_ZONE bytes apart, so a small overrun meets
+    nobody's memory.
     """
 
     def __init__(self) -> None:
@@ -155,15 +175,17 @@ class GlobalMemory:
     # --- for the host
 
     def allocate(self, size: int, name: str, phase: int = 0) -> Allocation:
-        """Reserve bytes whose first stands `phase` bytes after a multiple of 256. They belong to nobody until marked."""
-        start, at = RED_ZONE, 0
-        for at, begin in enumerate([*self.starts, 1 << 60]):  # first fit
+        """Reserve bytes whose first stands `phase` bytes after a multiple of 256. They belong to nobody until
+        marked."""
+        start, place = RED_ZONE, 0
+        for begin in self.starts:  # first fit
             if start + phase + size + RED_ZONE <= begin:
                 break
             block = self.allocations[begin]
             start = -(-(block.start + block.size + RED_ZONE) // 256) * 256
+            place += 1
         allocation = Allocation(start + phase, size, name)
-        self.starts.insert(at, allocation.start)
+        self.starts.insert(place, allocation.start)
         self.allocations[allocation.start] = allocation
         need = allocation.start + size + RED_ZONE
         if need > len(self.data):
@@ -200,10 +222,12 @@ class GlobalMemory:
 
     # --- for lanes
 
-    def load(self, lanes: Lanes, site: int, address: np.ndarray, guard, dtype: np.dtype, count: int) -> tuple:  # type: ignore[no-untyped-def]
+    def load(
+        self, lanes: Lanes, site: int, address: np.ndarray, guard: np.ndarray | None, dtype: np.dtype, count: int
+    ) -> tuple:
         """Read `count` elements per lane; lanes without access get zero."""
         mask = lanes.active(guard)
-        if mask is False:
+        if mask is NOBODY:
             return (np.zeros((), dtype),) * count
         width = dtype.itemsize * count
         offsets = self.locate(lanes, site, lanes.pick(address, mask), width, mask, OWNED | WRITTEN, "read")
@@ -211,10 +235,12 @@ class GlobalMemory:
         values = gather(self.data, offsets, dtype, count)
         return values if mask is None else tuple(lanes.spread(v, mask) for v in values)
 
-    def store(self, lanes: Lanes, site: int, address: np.ndarray, guard, dtype: np.dtype, values: tuple) -> None:  # type: ignore[no-untyped-def]
+    def store(
+        self, lanes: Lanes, site: int, address: np.ndarray, guard: np.ndarray | None, dtype: np.dtype, values: tuple
+    ) -> None:
         """Write elements per lane."""
         mask = lanes.active(guard)
-        if mask is False:
+        if mask is NOBODY:
             return
         width = dtype.itemsize * len(values)
         offsets = self.locate(lanes, site, lanes.flat(address, mask), width, mask, OWNED, "write", flat=True)
@@ -223,12 +249,24 @@ class GlobalMemory:
         scatter(self.data, offsets, dtype, tuple(lanes.flat(v, mask) for v in values))
         self._mark_written(offsets, width)
 
-    def atomic(self, lanes: Lanes, site: int, address: np.ndarray, guard, dtype, operation: str, values: tuple, t: str):  # type: ignore[no-untyped-def]
+    def atomic(
+        self,
+        lanes: Lanes,
+        site: int,
+        address: np.ndarray,
+        guard: np.ndarray | None,
+        dtype: np.dtype,
+        operation: str,
+        values: tuple,
+        t: str,
+    ) -> np.ndarray:
         """Read-modify-write one element per lane, lane after lane; returns the old values."""
         mask = lanes.active(guard)
-        if mask is False:
+        if mask is NOBODY:
             return np.zeros((), dtype)
-        offsets = self.locate(lanes, site, lanes.flat(address, mask), dtype.itemsize, mask, OWNED | WRITTEN, "read", flat=True)
+        offsets = self.locate(
+            lanes, site, lanes.flat(address, mask), dtype.itemsize, mask, OWNED | WRITTEN, "read", flat=True
+        )
         lanes.machine.counters.global_access(lanes, offsets, dtype.itemsize, mask, False)
         lanes.machine.counters.global_access(lanes, offsets, dtype.itemsize, mask, True)
         view = self.data.view(dtype)
@@ -258,7 +296,7 @@ class GlobalMemory:
             index = offsets >> (min(width, 8).bit_length() - 1)
             pattern = words(int(need), min(width, 8))
             forbidden = words(int(CONSTANT), min(width, 8)) if verb == "write" else pattern.dtype.type(0)
-            good = True
+            good = np.ones((), bool)
             for k in range(parts):
                 found = state.take(index + k)
                 good = good & ((found & (pattern | forbidden)) == pattern)
@@ -268,7 +306,18 @@ class GlobalMemory:
             good = np.zeros(offsets.shape, bool)
         raise self._fault(lanes, site, offsets, width, mask, need, verb, flat, good)
 
-    def _fault(self, lanes, site, offsets, width, mask, need, verb, flat, good) -> EmulatorFault:  # type: ignore[no-untyped-def]
+    def _fault(
+        self,
+        lanes: Lanes,
+        site: int,
+        offsets: np.ndarray,
+        width: int,
+        mask: np.ndarray | None,
+        need: np.uint8,
+        verb: str,
+        flat: bool,
+        good: np.ndarray,
+    ) -> EmulatorFault:
         """Which fault it was, from the state of the first bad access."""
         if not np.any(good) and np.ndim(good):
             inside = (offsets >= 0) & (offsets + width <= len(self.data))
@@ -279,7 +328,10 @@ class GlobalMemory:
         shaped = bad.reshape(lanes.shape) if flat and mask is None else bad
         flat_offsets = np.reshape(offsets, -1)
         first = int(flat_offsets[np.flatnonzero(bad.reshape(-1))[0]])
-        states = self.state[first : first + width] if 0 <= first <= len(self.data) - width else np.zeros(width, np.uint8)
+        states = (
+            self.state[first : first + width] if 0 <= first <= len(self.data) - width else np.zeros(width, np.uint8)
+        )
+        kind: type[EmulatorFault]
         if (states & OWNED).all() and (states & CONSTANT).any() and verb == "write":
             kind, what = OutOfBounds, "constant memory"
         elif (states & OWNED).all():
@@ -287,7 +339,11 @@ class GlobalMemory:
         else:
             kind, what = OutOfBounds, "bytes that belong to no array element"
         return lanes.fault(
-            kind, site, shaped, mask, lambda k: f"{verb} of {width} bytes at {self.describe(int(flat_offsets[k]))}: {what}"
+            kind,
+            site,
+            shaped,
+            mask,
+            lambda k: f"{verb} of {width} bytes at {self.describe(int(flat_offsets[k]))}: {what}",
         )
 
     def _mark_written(self, offsets: np.ndarray, width: int) -> None:

@@ -130,7 +130,7 @@ class _Parser:
         for key in ("maxntid", "reqntid"):
             if limit := re.search(rf"\.{key}\s+([\d,\s]+)", tail):
                 sizes = [int(x) for x in limit[1].replace(",", " ").split()]
-                setattr(function, key, tuple((sizes + [1, 1])[:3]))
+                setattr(function, key, tuple([*sizes, 1, 1][:3]))
         self.function, self.scopes, self.scope_count = function, [{}], 0
         for variable in function.results + function.params:
             function.variables[variable.name] = variable
@@ -202,7 +202,9 @@ class _Parser:
         assert_function = self.function
         if assert_function is None or not assert_function.body or not isinstance(assert_function.body[-1], str):
             raise InvalidPtx(".branchtargets needs a label before it")
-        assert_function.tables[assert_function.body[-1]] = tuple(self._resolve_target(n.strip()) for n in names.split(","))
+        assert_function.tables[assert_function.body[-1]] = tuple(
+            self._resolve_target(n.strip()) for n in names.split(",")
+        )
 
     def _registers(self, type_name: str, names: str, number: int) -> None:
         if self.function is None or type_name not in KINDS:
@@ -223,7 +225,8 @@ class _Parser:
         for dim in re.findall(r"\[\s*(\d*)\s*\]", dims or ""):
             dynamic |= dim == ""
             count *= int(dim or 0)
-        data, symbols = None, ()
+        data: bytes | None = None
+        symbols: tuple[tuple[int, Sym], ...] = ()
         if initial is not None:
             data, symbols = _initial_bytes(initial, KINDS[type_name], count * width)
         local = self._declare(name) if self.function is not None else name
@@ -291,7 +294,7 @@ class _Parser:
 def _plain_operand(text: str, is_register: bool) -> Operand:
     if text[0] == "!":
         return Reg(text[1:].strip(), True)
-    if is_register or text[0] == "%" and "|" not in text:
+    if is_register or (text[0] == "%" and "|" not in text):
         return Reg(text)
     if text == "_":
         return Reg("_")

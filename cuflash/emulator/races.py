@@ -1,4 +1,5 @@
-"""The last accesses to every piece of shared memory, and the faults they reveal: races and reads of what nothing has written."""
+"""The last accesses to every piece of shared memory, and the faults they reveal: races and reads of what nothing has
+written."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cuflash.emulator.clocks import Clocks
-from cuflash.emulator.faults import Race, Uninitialized
+from cuflash.emulator.faults import EmulatorFault, Race, Uninitialized
 
 if TYPE_CHECKING:
     from cuflash.emulator.lanes import Lanes
@@ -23,8 +24,8 @@ LINE = 16
 class SharedHistory:
     """History of shared memory in lines of 16 bytes, and finer where the kernel makes narrower accesses.
 
-    Tiles are written and read 16 bytes at a time, so most of memory never needs a finer one. A line that a narrow access touches is kept
-    at that grain from then on. granule: the narrowest access of the kernel, in bytes.
+    Tiles are written and read 16 bytes at a time, so most of memory never needs a finer one. A line that a narrow
+    access touches is kept at that grain from then on. granule: the narrowest access of the kernel, in bytes.
     """
 
     def __init__(self, clocks: Clocks, blocks: int, warps: int, stride: int, granule: int, check: bool) -> None:
@@ -56,7 +57,8 @@ class SharedHistory:
         self._history(offsets, width).land(offsets, width, slots, tid)
 
     def _history(self, offsets: np.ndarray, width: int) -> History:
-        """The history at the grain that an access needs: of its width, or of the finest line it touches. Its lines are refined to it."""
+        """The history at the grain that an access needs: of its width, or of the finest line it touches. Its lines
+        are refined to it."""
         if len(self.levels) == 1:
             return self.levels[0]
         lines = offsets >> 4
@@ -96,7 +98,9 @@ class History:
         if self.check:
             known = other.last_read[first]
             limit = self.clocks.limit[:, 0, 0][lines // (self.stride // LINE)]
-            if not (known < limit[:, None, None] << LANE_BITS).all():  # else all warps have seen these reads: no need to keep them
+            if not (
+                known < limit[:, None, None] << LANE_BITS
+            ).all():  # else all warps have seen these reads: no need to keep them
                 self.last_read[pieces] = known[..., None, :]
 
     def pieces(self, offsets: np.ndarray, width: int) -> np.ndarray:
@@ -106,7 +110,9 @@ class History:
             return first
         return first[..., None] + np.arange(width >> self.shift)
 
-    def read(self, lanes: Lanes, site: int, offsets: np.ndarray, width: int, mask: np.ndarray | None, together: bool = False) -> None:
+    def read(
+        self, lanes: Lanes, site: int, offsets: np.ndarray, width: int, mask: np.ndarray | None, together: bool = False
+    ) -> None:
         """Check and note a read. offsets are picked by mask; together: the warp reads as one (ldmatrix)."""
         pieces = self.pieces(offsets, width)
         wide = pieces.ndim > np.ndim(offsets)
@@ -124,7 +130,7 @@ class History:
         self._note_read(lanes, pieces, wide, mask, together)
 
     def _note_read(self, lanes: Lanes, pieces: np.ndarray, wide: bool, mask: np.ndarray | None, together: bool) -> None:
-        together = together or mask is None and np.shape(pieces)[2] == 1  # one address for the whole warp
+        together = together or (mask is None and np.shape(pieces)[2] == 1)  # one address for the whole warp
         warp, lane = lanes.warp, lanes.tid & 31
         now = self.clocks.time[lanes.rows[:, :, 0], lanes.warp[:, :, 0]][:, :, None] << LANE_BITS
         warp, now = lanes.pick(warp, mask), lanes.pick(now | (MANY if together else lane), mask)
@@ -143,7 +149,14 @@ class History:
             notes[places[np.broadcast_to(mixed, places.shape)]] |= MANY
 
     def write(
-        self, lanes: Lanes, site: int, offsets: np.ndarray, width: int, mask: np.ndarray | None, in_flight: bool = False, atomic: bool = False
+        self,
+        lanes: Lanes,
+        site: int,
+        offsets: np.ndarray,
+        width: int,
+        mask: np.ndarray | None,
+        in_flight: bool = False,
+        atomic: bool = False,
     ) -> None:
         """Check and note a write by all active lanes; offsets is one axis, one element per active lane."""
         pieces = self.pieces(offsets, width)
@@ -174,7 +187,9 @@ class History:
             self.atomic[pieces] = True
         if not atomic and not (self.last_write.take(pieces) == mine).all():
             other = self.last_write.take(pieces)
-            raise self._race(lanes, site, offsets, other != mine, other, wide, every, "write", "a write of the same instruction by")
+            raise self._race(
+                lanes, site, offsets, other != mine, other, wide, every, "write", "a write of the same instruction by"
+            )
 
     def land(self, offsets: np.ndarray, width: int, slots: np.ndarray, tid: np.ndarray) -> None:
         """A copy in flight has been waited for by its thread."""
@@ -187,7 +202,16 @@ class History:
 
     # --- the precise checks, where the quick one is not enough
 
-    def _check_writes(self, lanes, site, offsets, written, wide, mask, verb):  # type: ignore[no-untyped-def]
+    def _check_writes(
+        self,
+        lanes: Lanes,
+        site: int,
+        offsets: np.ndarray,
+        written: np.ndarray,
+        wide: bool,
+        mask: np.ndarray | None,
+        verb: str,
+    ) -> None:
         time, writer = written >> THREAD_BITS, written & THREAD_MASK
         row, warp, tid = (lanes.pick(x, mask) for x in (lanes.rows, lanes.warp, lanes.tid))
         if wide:
@@ -198,7 +222,9 @@ class History:
             what = "a copy still in flight (cp.async) by" if flying else "a write by"
             raise self._race(lanes, site, offsets, bad, written, wide, mask, verb, what)
 
-    def _check_reads(self, lanes, site, offsets, read, wide, mask):  # type: ignore[no-untyped-def]
+    def _check_reads(
+        self, lanes: Lanes, site: int, offsets: np.ndarray, read: np.ndarray, wide: bool, mask: np.ndarray | None
+    ) -> None:
         time, lane = read >> LANE_BITS, read & LANE_MASK
         row, warp, tid = (lanes.pick(x, mask) for x in (lanes.rows, lanes.warp, lanes.tid))
         extra = (..., None, None) if wide else (..., None)
@@ -209,7 +235,18 @@ class History:
             who = np.where(bad, reader * 32 + np.minimum(lane, 31), -1).max(-1)
             raise self._race(lanes, site, offsets, bad.any(-1), who, wide, mask, "write", "a read by")
 
-    def _race(self, lanes, site, offsets, bad, other, wide, mask, verb, what):  # type: ignore[no-untyped-def]
+    def _race(
+        self,
+        lanes: Lanes,
+        site: int,
+        offsets: np.ndarray,
+        bad: np.ndarray,
+        other: np.ndarray,
+        wide: bool,
+        mask: np.ndarray | None,
+        verb: str,
+        what: str,
+    ) -> EmulatorFault:
         bad, other = np.broadcast_arrays(bad, other)
         first = int(other.reshape(-1)[np.flatnonzero(bad.reshape(-1))[0]]) & THREAD_MASK
         thread = lanes.machine.thread_coordinates(first)
@@ -217,17 +254,22 @@ class History:
         return lanes.fault(
             Race,
             site,
-            bad.any(-1) if wide else bad,
+            np.any(bad, -1) if wide else bad,
             mask,
-            lambda k: f"{verb} of shared address {int(flat[k]) % self.stride:#x} races with {what} thread {thread} of the same block",
+            lambda k: (
+                f"{verb} of shared address {int(flat[k]) % self.stride:#x} races with {what} thread {thread} "
+                "of the same block"
+            ),
         )
 
-    def _uninitialized(self, lanes, site, offsets, bad, wide, mask):  # type: ignore[no-untyped-def]
+    def _uninitialized(
+        self, lanes: Lanes, site: int, offsets: np.ndarray, bad: np.ndarray, wide: bool, mask: np.ndarray | None
+    ) -> EmulatorFault:
         flat = np.reshape(offsets, -1)
         return lanes.fault(
             Uninitialized,
             site,
-            bad.any(-1) if wide else bad,
+            np.any(bad, -1) if wide else bad,
             mask,
             lambda k: f"read of shared address {int(flat[k]) % self.stride:#x}: bytes that nothing has written",
         )

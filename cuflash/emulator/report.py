@@ -27,12 +27,14 @@ class LaunchReport:
 
     Attributes
     ----------
-    global_read, global_written : bytes that instructions asked for (an atomic counts as both; cp.async counts its source size)
+    global_read, global_written : bytes that instructions asked for (an atomic counts as both; cp.async counts its
+        source size)
     read_by_array, written_by_array : the same by name of the array
     sectors_read, sectors_written : 32-byte sectors, per warp instruction
-    shared_wavefronts, bank_conflicts : passes through shared memory, and how many of them were beyond the least possible
-    instructions, warp_instructions : numbers of instructions by class, per thread that reached them (whether or not a guard held) and
-        per warp
+    shared_wavefronts, bank_conflicts : passes through shared memory, and how many of them were beyond the least
+        possible
+    instructions, warp_instructions : numbers of instructions by class, per thread that reached them (whether or not a
+        guard held) and per warp
     mma, mma_flops : matrix instructions (of warps) and their floating-point operations
     barriers : arrivals of warps at block barriers
     async_copies : cp.async instructions of threads (whose guard held)
@@ -65,7 +67,10 @@ class Counters:
         self.memory, self.translation = memory, translation
         self.code_threads: Counter[int] = Counter()
         self.code_warps: Counter[int] = Counter()
-        self.bytes: tuple[Counter[int], Counter[int]] = Counter(), Counter()  # read, written, by start of the allocation
+        self.bytes: tuple[Counter[int], Counter[int]] = (
+            Counter(),
+            Counter(),
+        )  # read, written, by start of the allocation
         self.sectors = [0, 0]
         self.wavefronts = self.conflicts = self.copies = 0
 
@@ -74,8 +79,11 @@ class Counters:
         self.code_threads[code.block.index] += lanes.threads
         self.code_warps[code.block.index] += lanes.warp_count
 
-    def global_access(self, lanes: Lanes, offsets: np.ndarray, width: int, mask: np.ndarray | None, write: bool) -> None:
-        """Lanes read or write `width` bytes each at offsets picked by mask; without one an offset may stand for many lanes."""
+    def global_access(
+        self, lanes: Lanes, offsets: np.ndarray, width: int, mask: np.ndarray | None, write: bool
+    ) -> None:
+        """Lanes read or write `width` bytes each at offsets picked by mask; without one an offset may stand for many
+        lanes."""
         weight = lanes.weight(offsets, mask)
         starts = self.memory.starts
         first, last = (bisect_right(starts, int(x)) - 1 for x in (offsets.min(), offsets.max()))
@@ -145,7 +153,9 @@ class Counters:
         self.wavefronts += int(passes) * weight
         self.conflicts += int(passes - ideal) * weight
 
-    def report(self, kernel: str, grid: tuple[int, int, int], block: tuple[int, int, int], shared_bytes: int) -> LaunchReport:
+    def report(
+        self, kernel: str, grid: tuple[int, int, int], block: tuple[int, int, int], shared_bytes: int
+    ) -> LaunchReport:
         """The counts as they stand."""
         threads: Counter[str] = Counter()
         warps: Counter[str] = Counter()
@@ -154,7 +164,9 @@ class Counters:
                 threads[name] += number * count
                 warps[name] += number * self.code_warps[index]
         mma = {name: count for name, count in warps.items() if MMA.match(name)}
-        flops = sum(2 * int(m[1]) * int(m[2]) * int(m[3]) * count for name, count in mma.items() if (m := MMA.match(name)))
+        flops = sum(
+            2 * int(m[1]) * int(m[2]) * int(m[3]) * count for name, count in mma.items() if (m := MMA.match(name))
+        )
         return LaunchReport(
             kernel=kernel,
             grid=grid,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cuflash.emulator.atomics import apply_atomic
-from cuflash.emulator.memory import FlatSpace, gather, scatter
+from cuflash.emulator.faults import EmulatorFault
+from cuflash.emulator.memory import NOBODY, FlatSpace, gather, scatter
 from cuflash.emulator.races import SharedHistory
 
 if TYPE_CHECKING:
@@ -30,10 +32,12 @@ class SharedMemory(FlatSpace):
         self.check(lanes, site, offsets, width, mask)
         return offsets
 
-    def load(self, lanes: Lanes, site: int, address: np.ndarray, guard, dtype: np.dtype, count: int) -> tuple:  # type: ignore[no-untyped-def]
+    def load(
+        self, lanes: Lanes, site: int, address: np.ndarray, guard: np.ndarray | None, dtype: np.dtype, count: int
+    ) -> tuple:
         """Read `count` elements per lane; lanes without access get zero."""
         mask = lanes.active(guard)
-        if mask is False:
+        if mask is NOBODY:
             return (np.zeros((), dtype),) * count
         width = dtype.itemsize * count
         offsets = self._locate(lanes, site, lanes.pick(address, mask), width, mask)
@@ -43,10 +47,12 @@ class SharedMemory(FlatSpace):
         values = gather(self.data, offsets, dtype, count)
         return values if mask is None else tuple(lanes.spread(v, mask) for v in values)
 
-    def store(self, lanes: Lanes, site: int, address: np.ndarray, guard, dtype: np.dtype, values: tuple) -> None:  # type: ignore[no-untyped-def]
+    def store(
+        self, lanes: Lanes, site: int, address: np.ndarray, guard: np.ndarray | None, dtype: np.dtype, values: tuple
+    ) -> None:
         """Write elements per lane."""
         mask = lanes.active(guard)
-        if mask is False:
+        if mask is NOBODY:
             return
         width = dtype.itemsize * len(values)
         picked = self._locate(lanes, site, lanes.pick(address, mask), width, mask)
@@ -61,10 +67,20 @@ class SharedMemory(FlatSpace):
             return picked + lanes.pick(lanes.rows, mask) * self.stride
         return np.broadcast_to(picked + lanes.rows * self.stride, lanes.shape).reshape(-1)
 
-    def atomic(self, lanes: Lanes, site: int, address: np.ndarray, guard, dtype, operation: str, values: tuple, t: str):  # type: ignore[no-untyped-def]
+    def atomic(
+        self,
+        lanes: Lanes,
+        site: int,
+        address: np.ndarray,
+        guard: np.ndarray | None,
+        dtype: np.dtype,
+        operation: str,
+        values: tuple,
+        t: str,
+    ) -> np.ndarray:
         """Read-modify-write one element per lane, lane after lane; returns the old values."""
         mask = lanes.active(guard)
-        if mask is False:
+        if mask is NOBODY:
             return np.zeros((), dtype)
         picked = self._locate(lanes, site, lanes.pick(address, mask), dtype.itemsize, mask)
         lanes.machine.counters.shared_access(lanes, picked, dtype.itemsize, mask)
@@ -75,7 +91,8 @@ class SharedMemory(FlatSpace):
         return old.reshape(lanes.shape) if mask is None else lanes.spread(old, mask)
 
     def load_matrix(self, lanes: Lanes, site: int, address: np.ndarray, number: int, transposed: bool) -> tuple:
-        """ldmatrix: lanes 8 j to 8 j + 7 give the rows of matrix j; registers hold two elements of a row, or of a column."""
+        """ldmatrix: lanes 8 j to 8 j + 7 give the rows of matrix j; registers hold two elements of a row, or of a
+        column."""
         offsets = self._matrix_rows(lanes, site, address, number)
         lanes.machine.clocks.order_lanes(lanes)
         offsets = offsets + lanes.rows * self.stride
@@ -88,7 +105,9 @@ class SharedMemory(FlatSpace):
             matrices = [np.ascontiguousarray(m.view(U2).reshape(-1, 8, 8).swapaxes(1, 2)) for m in matrices]
         return tuple(m.view(U4).reshape(shape) for m in matrices)
 
-    def store_matrix(self, lanes: Lanes, site: int, address: np.ndarray, number: int, transposed: bool, values: tuple) -> None:
+    def store_matrix(
+        self, lanes: Lanes, site: int, address: np.ndarray, number: int, transposed: bool, values: tuple
+    ) -> None:
         """stmatrix, the opposite of ldmatrix."""
         offsets = self._matrix_rows(lanes, site, address, number)
         lanes.machine.clocks.order_lanes(lanes)
@@ -119,7 +138,9 @@ class RowLanes:
     def pick(self, value: np.ndarray, mask: None) -> np.ndarray:
         return value
 
-    def fault(self, kind, site, bad, mask, message):  # type: ignore[no-untyped-def]
+    def fault(
+        self, kind: type[EmulatorFault], site: int, bad: np.ndarray, mask: None, message: Callable[[int], str]
+    ) -> EmulatorFault:
         whole = np.zeros(self.lanes.shape, bool)
         whole[..., : self.count] = bad
         return self.lanes.fault(kind, site, whole, None, lambda k: message(int(np.flatnonzero(np.reshape(bad, -1))[0])))

@@ -1,8 +1,9 @@
 """Basic blocks to Python functions.
 
-Each block becomes one function `block(X, P, in0, in1, ...) -> (out0, ..., [condition])`. A register is an array whose shape broadcasts to
-(blocks, warps, 32), or a scalar; what is the same in all lanes, warps or blocks is kept and computed once. X is the set of lanes
-that execute (lanes.Lanes), P the parameter bytes. Registers that cross no block boundary are plain local variables.
+Each block becomes one function `block(X, P, in0, in1, ...) -> (out0, ..., [condition])`. A register is an array whose
+shape broadcasts to (blocks, warps, 32), or a scalar; what is the same in all lanes, warps or blocks is kept and
+computed once. X is the set of lanes that execute (lanes.Lanes), P the parameter bytes. Registers that cross no block
+boundary are plain local variables.
 """
 
 from __future__ import annotations
@@ -13,17 +14,48 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cuflash.emulator import numerics
+from cuflash.emulator import conversions, dtypes, floats, generic, integers, matrices
 from cuflash.emulator.faults import InvalidPtx, Site, UnsupportedInstruction
 from cuflash.emulator.flow import Block, Flow
-from cuflash.emulator.instructions import TABLE, operands_of
-from cuflash.emulator.ir import KINDS, Imm, Instruction, Mem, Operand, Reg, Sym, Vec, bits
+from cuflash.emulator.instructions import TABLE, Modifiers, operands_of
+from cuflash.emulator.ir import Imm, Instruction, Mem, Operand, Reg, Sym, Vec, bits
 from cuflash.emulator.memory import WINDOWS
 
-SPECIAL = {"tid", "ntid", "ctaid", "nctaid", "laneid", "warpid", "nwarpid", "clock", "clock64", "clock_hi", "globaltimer", "smid",
-           "nsmid", "gridid", "dynamic_smem_size", "total_smem_size", "aggr_smem_size", "lanemask_eq", "lanemask_lt",
-           "lanemask_le", "lanemask_gt", "lanemask_ge", "pm0", "envreg0"}  # fmt: skip
+SPECIAL = set(
+    [
+        "tid",
+        "ntid",
+        "ctaid",
+        "nctaid",
+        "laneid",
+        "warpid",
+        "nwarpid",
+        "clock",
+        "clock64",
+        "clock_hi",
+        "globaltimer",
+        "smid",
+        "nsmid",
+        "gridid",
+        "dynamic_smem_size",
+        "total_smem_size",
+        "aggr_smem_size",
+        "lanemask_eq",
+        "lanemask_lt",
+        "lanemask_le",
+        "lanemask_gt",
+        "lanemask_ge",
+    ]
+)
 WIDE_SPECIAL = {"clock64", "globaltimer"}
+VOCABULARY = {
+    **vars(dtypes),
+    **vars(integers),
+    **vars(conversions),
+    **vars(floats),
+    **vars(matrices),
+    "in_space": generic.in_space,
+}
 SHARING = (("shared", "generic"), ("global", "generic"))  # spaces whose accesses may touch shared, global memory
 
 
@@ -46,7 +78,8 @@ class Code:
 
 @dataclass(slots=True)
 class Translation:
-    """A translated kernel: its blocks, the kind of every register that crosses a block boundary, and the sites of instructions."""
+    """A translated kernel: its blocks, the kind of every register that crosses a block boundary, and the sites of
+    instructions."""
 
     codes: list[Code]
     kinds: list[str]
@@ -61,7 +94,8 @@ class Translation:
 def translate(flow: Flow, symbols: dict[str, int], spaces: dict[str, str], outside: Set[str]) -> Translation:
     """Translate a kernel.
 
-    symbols, spaces : addresses of variables in their own space, and that space; outside : names of variables in global memory.
+    symbols, spaces : addresses of variables in their own space, and that space; outside : names of variables in
+        global memory.
 
     Raises UnsupportedInstruction, naming the PTX line, for anything that has no entry in the instruction table.
     """
@@ -80,15 +114,15 @@ def translate(flow: Flow, symbols: dict[str, int], spaces: dict[str, str], outsi
         exposed = tuple(number[name] for name in ins if name in builder.exposed)
         partial.append(([number[n] for n in ins], [number[n] for n in outs], exposed, block, builder.counts))
     source = "\n".join(lines)
-    scope = dict(vars(numerics)) | shelf.constants
+    scope = VOCABULARY | shelf.constants
     exec(compile(source, f"<{flow.function.name}>", "exec"), scope)
     codes = [
-        Code(scope[f"block{block.index}"], tuple(ins), tuple(outs), exposed, block, counts)  # type: ignore[arg-type]
+        Code(scope[f"block{block.index}"], tuple(ins), tuple(outs), exposed, block, counts)
         for ins, outs, exposed, block, counts in partial
     ]
     kinds = [_storage(flow, name) for name in crossing]
-    granules = [min((w for space, w in shelf.widths if space in names), default=16) for names in SHARING]
-    return Translation(codes, kinds, number, shelf.sites, *granules, frozenset(shelf.globals_used), source)
+    shared, outer = (min((w for space, w in shelf.widths if space in names), default=16) for names in SHARING)
+    return Translation(codes, kinds, number, shelf.sites, shared, outer, frozenset(shelf.globals_used), source)
 
 
 def _storage(flow: Flow, name: str) -> str:
@@ -204,7 +238,9 @@ class BlockBuilder:
             raise UnsupportedInstruction(f"instruction {item.opcode} is not supported", item.site)
         handler, counts = TABLE[item.opcode]
         if len(item.operands) not in counts:
-            raise UnsupportedInstruction(f"{item.opcode} with {len(item.operands)} operands is not supported", item.site)
+            raise UnsupportedInstruction(
+                f"{item.opcode} with {len(item.operands)} operands is not supported", item.site
+            )
         self.current = item
         self.guard = self.predicate(item.guard) if item.guard is not None else None
         modifiers = Modifiers(item)
@@ -393,37 +429,3 @@ class BlockBuilder:
             self.values[pseudo] = {have: self.temporary(attribute)}
             self.storage[pseudo] = have
         return self.read_register(pseudo, kind)
-
-
-class Modifiers:
-    """The dotted modifiers of an instruction; whatever no handler asks for is refused afterwards."""
-
-    def __init__(self, item: Instruction) -> None:
-        self.rest = list(item.modifiers)
-
-    def flag(self, *names: str) -> bool:
-        """True when one of the names is present; it counts as handled."""
-        return self.option(*names) is not None
-
-    def option(self, *names: str, default: str | None = None) -> str | None:
-        """The one of the names that is present."""
-        for name in names:
-            if name in self.rest:
-                self.rest.remove(name)
-                return name
-        return default
-
-    def one_of(self, *names: str) -> str:
-        """The one of the names that is present; there must be one."""
-        found = self.option(*names)
-        if found is None:
-            raise ValueError(f"one of {', '.join(names)} is needed")
-        return found
-
-    def type(self) -> str:
-        """The next type name, such as "f32"."""
-        for name in self.rest:
-            if name in KINDS:
-                self.rest.remove(name)
-                return name
-        raise ValueError("a type is needed")

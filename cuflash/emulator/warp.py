@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
-
-if TYPE_CHECKING:
-    from cuflash.emulator.machine import Machine
 
 LANES = np.arange(32)
 BITS = np.uint32(1) << np.arange(32, dtype=np.uint32)
@@ -16,7 +11,6 @@ BITS = np.uint32(1) << np.arange(32, dtype=np.uint32)
 class WarpOperations:
     """Methods of lanes.Lanes; `shape` and `mask` are its fields."""
 
-    machine: Machine
     shape: tuple[int, int, int]
     mask: np.ndarray | None
 
@@ -42,13 +36,14 @@ class WarpOperations:
     def vote(self, mode: str, predicate: np.ndarray) -> np.ndarray:
         """vote.sync over the lanes that are here."""
         votes = np.broadcast_to(predicate, self.shape)
-        here = True if self.mask is None else self.mask
+        here = np.ones(self.shape, bool) if self.mask is None else self.mask
         if mode == "any":
             return (votes & here).any(-1, keepdims=True)
         if mode == "all":
-            return (votes | ~np.asarray(here)).all(-1, keepdims=True)
+            return (votes | ~here).all(-1, keepdims=True)
         if mode == "uni":
-            return (votes | ~np.asarray(here)).all(-1, keepdims=True) | ~(votes & here).any(-1, keepdims=True)
+            some, every = (votes & here).any(-1, keepdims=True), (votes | ~here).all(-1, keepdims=True)
+            return np.logical_or(every, ~some)
         return self._ballot(votes & here)
 
     def active_mask(self) -> np.ndarray:
@@ -80,25 +75,24 @@ class WarpOperations:
         """redux.sync over the lanes that are here."""
         values = np.broadcast_to(value, self.shape)
         dtype = values.dtype
-        ufunc = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
+        ufunc = {
+            "add": np.add,
+            "min": np.minimum,
+            "max": np.maximum,
+            "and": np.bitwise_and,
+            "or": np.bitwise_or,
+            "xor": np.bitwise_xor,
+        }
         if self.mask is not None:
             limits = np.iinfo(dtype)
-            neutral = {"min": limits.max, "max": limits.min, "and": dtype.type(0) if dtype.kind == "i" else limits.max}.get(mode, 0)
+            neutral = {
+                "min": limits.max,
+                "max": limits.min,
+                "and": dtype.type(0) if dtype.kind == "i" else limits.max,
+            }.get(mode, 0)
             neutral = ~dtype.type(0) if mode == "and" else dtype.type(neutral)
             values = np.where(self.mask, values, neutral)
         return ufunc[mode].reduce(values, axis=-1, keepdims=True, dtype=dtype)
-
-    def order_warps(self) -> None:
-        """A warp-wide synchronisation: what lanes of a warp did before is ordered before what they do next."""
-        self.machine.clocks.order_lanes(self)
-
-    def release(self) -> None:
-        """A release or fence at device scope."""
-        self.machine.writers.release(self)
-
-    def acquire(self) -> None:
-        """An acquire or fence at device scope."""
-        self.machine.writers.acquire(self)
 
     @staticmethod
     def _ballot(votes: np.ndarray) -> np.ndarray:

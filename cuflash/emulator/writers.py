@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cuflash.emulator.faults import Race
+from cuflash.emulator.faults import EmulatorFault, Race
 from cuflash.emulator.races import THREAD_BITS, THREAD_MASK
 
 if TYPE_CHECKING:
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 class GlobalWriters:
-    """Last writer of every granule of global memory in one launch: two threads that write the same bytes unordered are a race.
+    """Last writer of every granule of global memory in one launch: two threads that write the same bytes unordered
+    are a race.
 
     Between blocks a fence or release after the first write and a fence or acquire before the second count as order.
     """
@@ -41,14 +42,25 @@ class GlobalWriters:
         extra = (slice(None), None) if pieces.ndim > 1 else slice(None)
         before = self.thread.take(pieces)
         if before.any():
-            self._check(lanes, site, offsets, before, self.moment.take(pieces), (row[extra], warp[extra], tid[extra]), mask)
+            self._check(
+                lanes, site, offsets, before, self.moment.take(pieces), (row[extra], warp[extra], tid[extra]), mask
+            )
         self.thread[pieces] = mine[extra]
         self.moment[pieces] = self.now
         after = self.thread.take(pieces)
         if not (after == mine[extra]).all():
             raise self._race(lanes, site, offsets, after != mine[extra], after, mask)
 
-    def _check(self, lanes, site, offsets, before, moment, who, mask):  # type: ignore[no-untyped-def]
+    def _check(
+        self,
+        lanes: Lanes,
+        site: int,
+        offsets: np.ndarray,
+        before: np.ndarray,
+        moment: np.ndarray,
+        who: tuple,
+        mask: np.ndarray | None,
+    ) -> None:
         row, warp, tid = who
         machine, clocks = lanes.machine, lanes.machine.clocks
         mine = machine.first_block + row
@@ -71,17 +83,22 @@ class GlobalWriters:
         self.now += 1
         self.acquires[lanes.machine.first_block + lanes.rows] = self.now
 
-    def _race(self, lanes, site, offsets, bad, other, mask):  # type: ignore[no-untyped-def]
+    def _race(
+        self, lanes: Lanes, site: int, offsets: np.ndarray, bad: np.ndarray, other: np.ndarray, mask: np.ndarray | None
+    ) -> EmulatorFault:
         machine = lanes.machine
         first = int(other.reshape(-1)[np.flatnonzero(np.broadcast_to(bad, other.shape).reshape(-1))[0]])
         block = machine.grid_coordinates((first >> 34) - 1)
         thread = machine.thread_coordinates(first & THREAD_MASK)
-        shaped = bad.any(-1) if bad.ndim > 1 else bad
+        shaped = np.any(bad, -1) if bad.ndim > 1 else bad
         every = mask if mask is not None else np.ones(lanes.shape, bool)
         return lanes.fault(
             Race,
             site,
             shaped,
             every,
-            lambda k: f"write at {machine.memory.describe(int(offsets[k]))} races with a write by thread {thread} of block {block}",
+            lambda k: (
+                f"write at {machine.memory.describe(int(offsets[k]))} races with a write by thread {thread} "
+                f"of block {block}"
+            ),
         )

@@ -55,17 +55,17 @@ def run_cuda(
     return {name: a.to_host() for name, a in inside.items()}, report
 
 
-PTX_TYPES = {"u": "b", "i": "b", "f": "f", "b": "pred"}
-
-
 def ptx_type(dtype: np.dtype) -> str:
-    return "b16" if dtype == np.float16 else f"{PTX_TYPES[dtype.kind]}{8 * dtype.itemsize}"
+    if dtype.kind == "b":
+        return "pred"
+    return "b16" if dtype == np.float16 else f"{'f' if dtype.kind == 'f' else 'b'}{8 * dtype.itemsize}"
 
 
 def evaluate(instruction: str, *inputs: np.ndarray, out: object = np.uint32, setup: str = "") -> np.ndarray:
     """What one PTX instruction gives for every element of its inputs.
 
-    %d is the destination and %0, %1, ... the inputs, for example "add.s32 %d, %0, %1;". Predicates are inputs of dtype bool, and
+    %d is the destination and %0, %1, ... the inputs,
+      for example "add.s32 %d, %0, %1;". Predicates are inputs of dtype bool, and
     results when out is bool. Every input is broadcast to one dimension.
     """
     out = np.dtype(out)  # type: ignore[call-overload]
@@ -73,18 +73,24 @@ def evaluate(instruction: str, *inputs: np.ndarray, out: object = np.uint32, set
     count = flat[0].size
     loads, registers = [], []
     for k, x in enumerate(flat):
-        stored = "u8" if x.dtype == bool else ptx_type(x.dtype)
-        registers.append(f".reg .{ptx_type(x.dtype).rstrip('8') if x.dtype == bool else stored} %in{k};")
-        loads.append(f"ld.param.u64 %address, [kernel_param_{k}]; mad.wide.u32 %address, %index, {x.dtype.itemsize}, %address;")
-        if x.dtype == bool:
+        stored = "u8" if x.dtype.kind == "b" else ptx_type(x.dtype)
+        registers.append(f".reg .{ptx_type(x.dtype)} %in{k};")
+        loads.append(
+            f"ld.param.u64 %address, [kernel_param_{k}]; mad.wide.u32 %address, %index, {x.dtype.itemsize}, %address;"
+        )
+        if x.dtype.kind == "b":
             loads.append(f"ld.global.u8 %byte, [%address]; setp.ne.u16 %in{k}, %byte, 0;")
         else:
             loads.append(f"ld.global.{stored} %in{k}, [%address];")
-    result = "pred" if out == bool else ptx_type(out)
+    result = ptx_type(out)
     text = instruction.replace("%d", "%result")
     for k in range(len(flat)):
         text = text.replace(f"%{k}", f"%in{k}")
-    store = "selp.u16 %byte, 1, 0, %result; st.global.u8 [%address], %byte;" if out == bool else f"st.global.{result} [%address], %result;"
+    store = (
+        "selp.u16 %byte, 1, 0, %result; st.global.u8 [%address], %byte;"
+        if out.kind == "b"
+        else f"st.global.{result} [%address], %result;"
+    )
     params = ", ".join(f".param .u64 kernel_param_{k}" for k in range(len(flat) + 1))
     ptx = f"""
 .version 8.0
@@ -93,12 +99,12 @@ def evaluate(instruction: str, *inputs: np.ndarray, out: object = np.uint32, set
 .visible .entry kernel({params}, .param .u32 kernel_param_{len(flat) + 1})
 {{
     .reg .b32 %index, %block, %count; .reg .b64 %address; .reg .b16 %byte; .reg .pred %outside; .reg .{result} %result;
-    {' '.join(registers)}
+    {" ".join(registers)}
     {setup}
     mov.u32 %index, %tid.x; mov.u32 %block, %ctaid.x; mad.lo.u32 %index, %block, 1024, %index;
     ld.param.u32 %count, [kernel_param_{len(flat) + 1}]; setp.ge.u32 %outside, %index, %count;
     @%outside ret;
-    {' '.join(loads)}
+    {" ".join(loads)}
     {text}
     ld.param.u64 %address, [kernel_param_{len(flat)}]; mad.wide.u32 %address, %index, {out.itemsize}, %address;
     {store}

@@ -24,7 +24,9 @@ extern "C" __global__ void kernel(const unsigned* x, int* steps, int count) {
 def test_every_lane_goes_its_own_way(block: int, warp_order: int | None) -> None:
     x = np.arange(1, 300, dtype=np.uint32)
     arrays = {"x": x, "steps": np.empty(299, np.int32)}
-    result, _ = run_cuda(COLLATZ, arrays, np.int32(299), grid=-(-299 // block), block=block, outputs=("steps",), warp_order=warp_order)
+    result, _ = run_cuda(
+        COLLATZ, arrays, np.int32(299), grid=-(-299 // block), block=block, outputs=("steps",), warp_order=warp_order
+    )
 
     def collatz(v: int) -> int:
         return 0 if v == 1 else 1 + collatz(3 * v + 1 if v % 2 else v // 2)
@@ -88,7 +90,8 @@ def test_indexed_branch() -> None:
 def test_functions_that_are_not_inlined() -> None:
     source = """
     struct Big { float x[6]; int n; };
-    __device__ __noinline__ float total(Big b, float* extra) { float s = 0; for (int i = 0; i < b.n; i++) s += b.x[i]; *extra += s; return s; }
+    __device__ __noinline__ float total(Big b, float* extra) { float s = 0; for (int i = 0; i < b.n; i++) s += b.x[i];
+      *extra += s; return s; }
     __device__ __noinline__ float twice(float x) { return 2 * x; }
     extern "C" __global__ void kernel(const float* x, float* y) {
       int i = threadIdx.x; Big b; float extra = 1;
@@ -134,9 +137,11 @@ def test_assembly_scopes_have_names_of_their_own() -> None:
     source = """
     extern "C" __global__ void kernel(int* y) {
       int i = threadIdx.x, a, b;
-      asm volatile("{ .reg .pred p; .reg .b32 t; setp.lt.s32 p, %1, 5; mov.b32 t, 1; @!p bra DONE; mov.b32 t, 2; DONE: mov.b32 %0, t; }"
+      asm volatile("{ .reg .pred p; .reg .b32 t; setp.lt.s32 p, %1, 5; mov.b32 t, 1; @!p bra DONE;"
+                   "  mov.b32 t, 2; DONE: mov.b32 %0, t; }"
                    : "=r"(a) : "r"(i));
-      asm volatile("{ .reg .pred p; .reg .b32 t; setp.gt.s32 p, %1, 9; mov.b32 t, 10; @p bra DONE; add.s32 t, t, %1; DONE: mov.b32 %0, t; }"
+      asm volatile("{ .reg .pred p; .reg .b32 t; setp.gt.s32 p, %1, 9; mov.b32 t, 10; @p bra DONE;"
+                   "  add.s32 t, t, %1; DONE: mov.b32 %0, t; }"
                    : "=r"(b) : "r"(i));
       y[i] = a * 1000 + b;
     }
@@ -172,9 +177,11 @@ def test_variables_of_the_module() -> None:
 def test_special_registers() -> None:
     source = """
     extern "C" __global__ void kernel(int* y) {
-      int t = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z), b = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
-      int n = blockDim.x * blockDim.y * blockDim.z; unsigned lane, below, warp; 
-      asm("mov.u32 %0, %%laneid;" : "=r"(lane)); asm("mov.u32 %0, %%lanemask_lt;" : "=r"(below)); asm("mov.u32 %0, %%warpid;" : "=r"(warp));
+      int t = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z),
+        b = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+      int n = blockDim.x * blockDim.y * blockDim.z; unsigned lane, below, warp;
+      asm("mov.u32 %0, %%laneid;" : "=r"(lane)); asm("mov.u32 %0, %%lanemask_lt;" : "=r"(below));
+        asm("mov.u32 %0, %%warpid;" : "=r"(warp));
       y[b * n + t] = (lane == t % 32) + 2 * (below == (1u << lane) - 1) + 4 * (warp == t / 32) + 8 * t + 8192 * b;
     }
     """
@@ -206,7 +213,8 @@ def test_sixty_four_bit_division_and_double() -> None:
     source = """
     extern "C" __global__ void kernel(const long long* x, long long* y, double* z, unsigned* u) {
       int i = threadIdx.x; long long d = x[(i + 1) % 64] | 1;
-      y[i] = x[i] / d + x[i] % d; z[i] = (double)x[i] / (double)d + sqrt((double)(i + 1)) * exp2(-(double)i); u[i] = (unsigned)(unsigned long long)x[i] / 10u;
+      y[i] = x[i] / d + x[i] % d; z[i] = (double)x[i] / (double)d + sqrt((double)(i + 1)) * exp2(-(double)i);
+        u[i] = (unsigned)(unsigned long long)x[i] / 10u;
     }
     """
     x = np.random.default_rng(2).integers(-(2**62), 2**62, 64) >> np.random.default_rng(3).integers(0, 60, 64)
@@ -225,7 +233,8 @@ def test_library_mathematics(options: tuple[str, ...]) -> None:
     source = """
     extern "C" __global__ void kernel(const float* x, float* y) {
       int i = threadIdx.x; float v = x[i];
-      y[i] = expf(v) + logf(fabsf(v) + 1) + tanhf(v) + v / 3.0f + sinf(v) + powf(fabsf(v), 0.3f) + rsqrtf(fabsf(v) + 1) + fmodf(v, 0.7f) + floorf(v) + erff(v);
+      y[i] = expf(v) + logf(fabsf(v) + 1) + tanhf(v) + v / 3.0f + sinf(v) + powf(fabsf(v),
+        0.3f) + rsqrtf(fabsf(v) + 1) + fmodf(v, 0.7f) + floorf(v) + erff(v);
     }
     """
     x = np.linspace(-3, 3, 128).astype(np.float32)
@@ -233,6 +242,8 @@ def test_library_mathematics(options: tuple[str, ...]) -> None:
     from scipy.special import erf
 
     v = x.astype(np.float64)
-    expected = np.exp(v) + np.log1p(np.abs(v)) + np.tanh(v) + v / 3 + np.sin(v) + np.abs(v) ** 0.3 + 1 / np.sqrt(np.abs(v) + 1)
+    expected = (
+        np.exp(v) + np.log1p(np.abs(v)) + np.tanh(v) + v / 3 + np.sin(v) + np.abs(v) ** 0.3 + 1 / np.sqrt(np.abs(v) + 1)
+    )
     expected += np.fmod(v, np.float64(np.float32(0.7))) + np.floor(v) + erf(v)
     np.testing.assert_allclose(result["y"], expected, rtol=2e-5, atol=2e-5)

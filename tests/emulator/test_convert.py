@@ -16,7 +16,7 @@ INTEGERS = ("u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64")
 
 
 def around_boundaries(dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """float32 values around every boundary between neighbours of a 16-bit type, and the patterns they must round to (to even)."""
+    """float32 values around every boundary between neighbours of a 16-bit type, and the patterns they round to."""
     top = 0x7C00 if dtype == np.float16 else 0x7F80
     bits = np.arange(top, dtype=np.uint16)
     here = bits.view(dtype).astype(np.float64)
@@ -84,7 +84,25 @@ def test_floats_to_integers(rounding: str, kind: str) -> None:
     finite = np.isfinite(ALL16.view("f2"))
     want = [min(max(ROUNDINGS[rounding](float(v)), low), high) for v in ALL16.view("f2")[finite]]
     np.testing.assert_array_equal(half[finite], np.array(want, store))
-    values = np.array([0.5, 1.5, 2.5, -0.5, -1.5, 2.0**31, -(2.0**31), 2.0**32, 2.0**63, 2.0**64, -(2.0**63), 1e30, -1e30, 0.49999997], np.float32)
+    values = np.array(
+        [
+            0.5,
+            1.5,
+            2.5,
+            -0.5,
+            -1.5,
+            2.0**31,
+            -(2.0**31),
+            2.0**32,
+            2.0**63,
+            2.0**64,
+            -(2.0**63),
+            1e30,
+            -1e30,
+            0.49999997,
+        ],
+        np.float32,
+    )
     want = [min(max(ROUNDINGS[rounding](float(v)), low), high) for v in values]
     result = evaluate(f"cvt.{rounding}.{kind}.f32 %d, %0;", values, out=store)
     assert [int(v) for v in result] == want
@@ -131,7 +149,12 @@ def test_integers_to_integers(to: str, source: str) -> None:
     """Values of `source` in a register at least 16 bits wide; what is above the type's own width must not matter."""
     width = max(2, int(source[1:]) // 8)
     rng = np.random.default_rng(2)
-    words = np.concatenate([np.array([0, 1, 127, 128, 255, 256, 32767, 32768, 2**31, 2**32 - 1, 2**63, 2**64 - 1], np.uint64), rng.integers(0, 2**64 - 1, 60, np.uint64)])
+    words = np.concatenate(
+        [
+            np.array([0, 1, 127, 128, 255, 256, 32767, 32768, 2**31, 2**32 - 1, 2**63, 2**64 - 1], np.uint64),
+            rng.integers(0, 2**64 - 1, 60, np.uint64),
+        ]
+    )
     x = words.astype(f"u{width}")
     out_width = max(2, int(to[1:]) // 8)
     bits, to_bits = int(source[1:]), int(to[1:])
@@ -156,7 +179,14 @@ def test_float64_to_shorter() -> None:
     np.testing.assert_array_equal(evaluate("cvt.rn.f32.f64 %d, %0;", x, out="f4"), x.astype(np.float32))
     toward_zero = evaluate("cvt.rz.f32.f64 %d, %0;", x, out="f4").astype(np.float64)
     assert (np.abs(toward_zero) <= np.abs(x)).all()
-    assert (np.abs(np.nextafter(toward_zero.astype(np.float32), np.copysign(np.float32(np.inf), x.astype(np.float32))).astype(np.float64)) > np.abs(x)).all()
+    assert (
+        np.abs(
+            np.nextafter(toward_zero.astype(np.float32), np.copysign(np.float32(np.inf), x.astype(np.float32))).astype(
+                np.float64
+            )
+        )
+        > np.abs(x)
+    ).all()
     near = np.float64(1 + 2.0**-11) + 2.0**-40  # just above a tie of float16, on it after a rounding to float32
     assert evaluate("cvt.rn.f16.f64 %d, %0;", near, out="u2").view("f2")[0] == np.float16(1 + 2.0**-10)
 

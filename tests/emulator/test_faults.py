@@ -22,7 +22,8 @@ from tests.emulator.programs import compile_cuda, run_cuda
 
 HEAD = """
 __device__ unsigned address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
-__device__ void copy4(const void* to, const void* from) { asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(address(to)), "l"(from) : "memory"); }
+__device__ void copy4(const void* to, const void* from) { asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :
+  : "r"(address(to)), "l"(from) : "memory"); }
 __device__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> __device__ void wait() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
 extern "C" __global__ void kernel(int* x, int* y) {
@@ -31,7 +32,12 @@ extern "C" __global__ void kernel(int* x, int* y) {
 
 # name: (fault, body with a line FIX, what FIX must be for the twin to run, what the message says)
 PROGRAMS = {
-    "missing barrier": (Race, "s[i] = i; FIX y[i] = s[63 - i];", "__syncthreads();", r"read of shared address 0x\w+ races with a write by thread"),
+    "missing barrier": (
+        Race,
+        "s[i] = i; FIX y[i] = s[63 - i];",
+        "__syncthreads();",
+        r"read of shared address 0x\w+ races with a write by thread",
+    ),
     "missing barrier before reuse": (
         Race,
         "s[i] = i; __syncthreads(); int v = s[63 - i]; FIX s[i] = v; y[i] = v;",
@@ -42,11 +48,17 @@ PROGRAMS = {
     "missing warp barrier": (Race, "s[i] = i; FIX y[i] = s[i ^ 1];", "__syncwarp();", r"thread \(0, 0, 0\)|thread"),
     "barrier of half the threads": (
         Race,
-        'if (i < 32) s[i] = i; asm volatile("bar.sync %0, 32;" :: "r"(1 + i / 32) : "memory"); FIX y[i] = s[i % 32 ^ 1];',
+        'if (i < 32) s[i] = i; asm volatile("bar.sync %0, 32;" :: "r"(1 + i / 32) : "memory");'
+        " FIX y[i] = s[i % 32 ^ 1];",
         "__syncthreads();",
         "write by thread",
     ),
-    "two blocks write the same": (Race, "y[i + FIX] = i;", "64 * blockIdx.x", r"write at global address .* 'y' .* races with a write by thread .* of block"),
+    "two blocks write the same": (
+        Race,
+        "y[i + FIX] = i;",
+        "64 * blockIdx.x",
+        r"write at global address .* 'y' .* races with a write by thread .* of block",
+    ),
     "two threads write the same global bytes": (Race, "y[i + 64 * blockIdx.x - FIX] = i;", "0", "'y'"),
     "copy not waited for": (
         Race,
@@ -56,11 +68,17 @@ PROGRAMS = {
     ),
     "copy waited for too late a group": (
         Race,
-        "copy4(s + i, x + i); commit(); copy4(s + 64 + i, x + i); commit(); wait<FIX>(); __syncthreads(); y[i] = s[64 + i];",
+        "copy4(s + i, x + i); commit(); copy4(s + 64 + i, x + i); commit(); wait<FIX>(); __syncthreads();"
+        " y[i] = s[64 + i];",
         "0",
         "in flight",
     ),
-    "copy not committed before waiting": (Race, "copy4(s + i, x + i); FIX wait<0>(); y[i] = s[i];", "commit();", "in flight"),
+    "copy not committed before waiting": (
+        Race,
+        "copy4(s + i, x + i); FIX wait<0>(); y[i] = s[i];",
+        "commit();",
+        "in flight",
+    ),
     "copy waited for by another thread only": (
         Race,
         "copy4(s + i, x + i); commit(); if (i < 32 FIX) wait<0>(); __syncthreads(); y[i] = s[63 - i];",
@@ -91,50 +109,104 @@ PROGRAMS = {
         "__syncthreads();",
         "races with",
     ),
-    "uninitialised shared": (Uninitialized, "s[i] = i; __syncthreads(); y[i] = s[i FIX];", "^ 1", r"shared address 0x\w+: bytes that nothing has written"),
-    "uninitialised global": (Uninitialized, "FIX x[i] = y[i]; y[i] = 0;", "y[i] = 1;", r"'y' .*: bytes that nothing has written"),
-    "out of bounds read": (OutOfBounds, "y[i] = x[i FIX];", "- 1 + (i == 0)", r"read of 4 bytes .* byte 256 of 'x' \(256 bytes\)"),
+    "uninitialised shared": (
+        Uninitialized,
+        "s[i] = i; __syncthreads(); y[i] = s[i FIX];",
+        "^ 1",
+        r"shared address 0x\w+: bytes that nothing has written",
+    ),
+    "uninitialised global": (
+        Uninitialized,
+        "FIX x[i] = y[i]; y[i] = 0;",
+        "y[i] = 1;",
+        r"'y' .*: bytes that nothing has written",
+    ),
+    "out of bounds read": (
+        OutOfBounds,
+        "y[i] = x[i FIX];",
+        "- 1 + (i == 0)",
+        r"read of 4 bytes .* byte 256 of 'x' \(256 bytes\)",
+    ),
     "out of bounds write": (OutOfBounds, "y[i FIX] = 1;", "^ 1", r"write of 4 bytes .* of 'y'"),
     "null pointer": (OutOfBounds, "int* p = (int*)((long long)y >> FIX); p[i] = 1;", "0", "global address"),
-    "out of bounds shared": (OutOfBounds, "((volatile int*)s)[i * 4 FIX] = 1; y[i] = 1;", "^ 4", r"shared address 0x400 \+ 4 bytes lies outside the 1024 bytes"),
+    "out of bounds shared": (
+        OutOfBounds,
+        "((volatile int*)s)[i * 4 FIX] = 1; y[i] = 1;",
+        "^ 4",
+        r"shared address 0x400 \+ 4 bytes lies outside the 1024 bytes",
+    ),
     "misaligned global": (Misaligned, "*(int*)((char*)y + 4 * i FIX) = 1;", "- 2", "not a multiple of 4"),
-    "misaligned shared": (Misaligned, "*(volatile int*)((char*)s + 4 * i FIX) = 1; y[i] = 1;", "- 2", "shared address .* not a multiple of 4"),
+    "misaligned shared": (
+        Misaligned,
+        "*(volatile int*)((char*)s + 4 * i FIX) = 1; y[i] = 1;",
+        "- 2",
+        "shared address .* not a multiple of 4",
+    ),
     "misaligned copy": (
         Misaligned,
-        'asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(address(s + 4 * i)), "l"(x + FIX) : "memory"); y[i] = 1;',
+        'asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"'
+        ' :: "r"(address(s + 4 * i)), "l"(x + FIX) : "memory"); y[i] = 1;',
         "0",
         "not a multiple of 16",
     ),
     "misaligned matrix": (
         Misaligned,
-        's[i] = i; s[i + 64] = i; s[i + 128] = i; __syncthreads(); unsigned r;'
-        ' asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r) : "r"(address(s) + 16 * (i % 8) + FIX)); y[i] = r;',
+        "s[i] = i; s[i + 64] = i; s[i + 128] = i; __syncthreads(); unsigned r;"
+        ' asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"'
+        ' : "=r"(r) : "r"(address(s) + 16 * (i % 8) + FIX)); y[i] = r;',
         "0",
         "not a multiple of 16",
     ),
-    "barrier in one half of a warp": (BarrierDivergence, "if (i % 2 FIX) __syncthreads(); y[i] = i;", "|| true", "needs the whole warp"),
-    "barrier after exits": (BarrierDivergence, "if (i >= 32 FIX) return; __syncthreads(); y[i] = i;", "&& false", "others have exited"),
-    "shuffle after exits": (BarrierDivergence, "if (i >= 40 FIX) return; y[i] = __shfl_xor_sync(~0u, i, 1);", "&& false", "have exited"),
+    "barrier in one half of a warp": (
+        BarrierDivergence,
+        "if (i % 2 FIX) __syncthreads(); y[i] = i;",
+        "|| true",
+        "needs the whole warp",
+    ),
+    "barrier after exits": (
+        BarrierDivergence,
+        "if (i >= 32 FIX) return; __syncthreads(); y[i] = i;",
+        "&& false",
+        "others have exited",
+    ),
+    "shuffle after exits": (
+        BarrierDivergence,
+        "if (i >= 40 FIX) return; y[i] = __shfl_xor_sync(~0u, i, 1);",
+        "&& false",
+        "have exited",
+    ),
     "shuffle in two branches": (
         BarrierDivergence,
         "int v; if (i % 2) v = __shfl_xor_sync(MASK1, i, 2); else v = __shfl_xor_sync(MASK2, i * 3, 2); y[i] = v;",
         None,
         "wait at 2 different places",
     ),
-    "barrier with odd count": (BarrierDivergence, 'asm volatile("bar.sync 1, FIX;" ::: "memory"); y[i] = i;', "64", "thread counts"),
+    "barrier with odd count": (
+        BarrierDivergence,
+        'asm volatile("bar.sync 1, FIX;" ::: "memory"); y[i] = i;',
+        "64",
+        "thread counts",
+    ),
     "barrier with different counts": (
         BarrierDivergence,
-        'if (i < 32) asm volatile("bar.sync 1, 64;" ::: "memory"); else asm volatile("bar.sync 1, FIX;" ::: "memory"); y[i] = i;',
+        'if (i < 32) asm volatile("bar.sync 1, 64;" ::: "memory");'
+        ' else asm volatile("bar.sync 1, FIX;" ::: "memory"); y[i] = i;',
         "64",
         "different or odd thread counts",
     ),
     "two barriers cross": (
         Deadlock,
-        'if (i < 32) asm volatile("bar.sync 1, 64;" ::: "memory"); else asm volatile("bar.sync FIX, 64;" ::: "memory"); y[i] = i;',
+        'if (i < 32) asm volatile("bar.sync 1, 64;" ::: "memory");'
+        ' else asm volatile("bar.sync FIX, 64;" ::: "memory"); y[i] = i;',
         "1",
         r"warps 0 wait at .*warps 1 wait at",
     ),
-    "nobody arrives": (Deadlock, 'asm volatile("bar.sync 1, FIX;" ::: "memory"); y[i] = i;', "64", r"barrier 1 waits for 96 threads, 64 arrived"),
+    "nobody arrives": (
+        Deadlock,
+        'asm volatile("bar.sync 1, FIX;" ::: "memory"); y[i] = i;',
+        "64",
+        r"barrier 1 waits for 96 threads, 64 arrived",
+    ),
     "trap": (Trap, 'if (i == 5 FIX) asm volatile("trap;"); y[i] = i;', "&& false", "trap"),
 }
 WRONG = {  # what stands for FIX in the program that must fault, where it is not nothing
@@ -171,7 +243,9 @@ def test_fault(name: str, warp_order: int | None) -> None:
     if name == "shuffle in two branches":
         body = body.replace("MASK1", "~0u").replace("MASK2", "~0u")
     blocks = 2 if "blocks" in name else 1
-    ahead = kind is Race and warp_order is not None  # a warp that runs ahead may meet what nobody has written, or another side of the race
+    ahead = (
+        kind is Race and warp_order is not None
+    )  # a warp that runs ahead may meet what nobody has written, or another side of the race
     with pytest.raises((kind, Uninitialized) if ahead else kind, match=None if ahead else message) as fault:
         run(body.replace("FIX", WRONG.get(name, "")), blocks, warp_order=warp_order)
     assert isinstance(fault.value, EmulatorFault)
@@ -268,7 +342,11 @@ ret;
         ("mov.u32 %r1, %nothing.x;", "neither a register nor a supported special register"),
         ("mov.u32 %r1, unknown_variable;", "unknown_variable is not a variable of this module"),
         ("bra nowhere;", "label nowhere is not in this function"),
-        ("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%f1,%f2,%f3,%f4}, {%r1,%r2,%r3,%r4}, {%r1,%r2}, {%f1,%f2,%f3,%f4};", "mma"),
+        (
+            "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%f1,%f2,%f3,%f4}, {%r1,%r2,%r3,%r4}, {%r1,%r2}, "
+            "{%f1,%f2,%f3,%f4};",
+            "mma",
+        ),
         ("cp.async.bulk.commit_group;", "cp"),
         ("wgmma.fence.sync.aligned;", "wgmma"),
         ("ld.global.u32 %r1, [%rd1], 7, 8, 9;", "operands"),

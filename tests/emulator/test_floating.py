@@ -13,7 +13,10 @@ from tests.emulator.programs import evaluate
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 ALL16 = np.arange(1 << 16, dtype=np.uint16)
-SPECIAL = np.array([0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 2.0**-149, -(2.0**-126), 2.0**-127, 3.4e38, -3.4e38, 65504, 1e-8], np.float32)
+SPECIAL = np.array(
+    [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 2.0**-149, -(2.0**-126), 2.0**-127, 3.4e38, -3.4e38, 65504, 1e-8],
+    np.float32,
+)
 
 
 def floats(count: int, seed: int, spread: int = 30) -> np.ndarray:
@@ -35,7 +38,9 @@ def same(result: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_array_equal(result.view(word)[where], expected.view(word)[where])
 
 
-@pytest.mark.parametrize(("name", "function"), [("add", np.add), ("sub", np.subtract), ("mul", np.multiply), ("div.rn", np.divide)])
+@pytest.mark.parametrize(
+    ("name", "function"), [("add", np.add), ("sub", np.subtract), ("mul", np.multiply), ("div.rn", np.divide)]
+)
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
 @np.errstate(all="ignore")
 def test_two_operands(name: str, function: np.ufunc, dtype: str) -> None:
@@ -107,7 +112,10 @@ def test_short_types_on_all_values() -> None:
             x, y = ALL16.view(dtype), np.full(1, other).view(dtype)
             for name, function in (("add", np.add), ("sub", np.subtract), ("mul", np.multiply)):
                 result = evaluate(f"{name}.{kind} %d, %0, %1;", ALL16, other, out="u2").view(dtype)
-                same(result.astype(np.float32), function(x.astype("f8"), y.astype("f8")).astype("f4").astype(dtype).astype(np.float32))
+                same(
+                    result.astype(np.float32),
+                    function(x.astype("f8"), y.astype("f8")).astype("f4").astype(dtype).astype(np.float32),
+                )
             break_even = np.fmin(x.astype("f4"), y.astype("f4"))
             result = evaluate(f"min.{kind} %d, %0, %1;", ALL16, other, out="u2").view(dtype).astype("f4")
             np.testing.assert_array_equal(result, break_even)
@@ -121,10 +129,16 @@ def test_packed_pairs_are_two_numbers() -> None:
     for kind in ("f16", "bf16"):
         for name in ("add", "mul", "sub", "max", "min"):
             packed = evaluate(f"{name}.{kind}x2 %d, %0, %1;", a, b)
-            single = [evaluate(f"{name}.{kind} %d, %0, %1;", x, y, out="u2") for x, y in ((low, other_low), (high, other_high))]
+            single = [
+                evaluate(f"{name}.{kind} %d, %0, %1;", x, y, out="u2")
+                for x, y in ((low, other_low), (high, other_high))
+            ]
             np.testing.assert_array_equal(packed, single[0].astype(np.uint32) | single[1].astype(np.uint32) << 16)
         fused = evaluate(f"fma.rn.{kind}x2 %d, %0, %1, %0;", a, b)
-        single = [evaluate(f"fma.rn.{kind} %d, %0, %1, %0;", x, y, out="u2") for x, y in ((low, other_low), (high, other_high))]
+        single = [
+            evaluate(f"fma.rn.{kind} %d, %0, %1, %0;", x, y, out="u2")
+            for x, y in ((low, other_low), (high, other_high))
+        ]
         np.testing.assert_array_equal(fused, single[0].astype(np.uint32) | single[1].astype(np.uint32) << 16)
         np.testing.assert_array_equal(evaluate(f"neg.{kind}x2 %d, %0;", a), a ^ 0x80008000)
         np.testing.assert_array_equal(evaluate(f"abs.{kind}x2 %d, %0;", a), a & 0x7FFF7FFF)
@@ -135,7 +149,10 @@ def test_short_fma_rounds_once() -> None:
     rng = np.random.default_rng(9)
     a, b, c = (rng.integers(0, 0x7C00, 3000).astype(np.uint16) for _ in range(3))
     result = evaluate("fma.rn.f16 %d, %0, %1, %2;", a, b, c, out="u2").view("f2")
-    exact = [Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z)) for x, y, z in zip(a.view("f2"), b.view("f2"), c.view("f2"), strict=True)]
+    exact = [
+        Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))
+        for x, y, z in zip(a.view("f2"), b.view("f2"), c.view("f2"), strict=True)
+    ]
     for value, want in zip(result.tolist(), exact, strict=True):
         assert value == (nearest(want, np.dtype("f2")) if want < 65520 else math.inf)
     a, b, c = (rng.integers(0x3000, 0x4800, 3000).astype(np.uint16) for _ in range(3))
@@ -146,14 +163,17 @@ def test_short_fma_rounds_once() -> None:
         bits = int(np.array(value).view(np.uint16))
         for neighbour in (bits - 1, bits + 1):
             near = abs(Fraction(float(np.uint16(neighbour).view(BF16))) - want)
-            assert error < near or error == near and bits % 2 == 0
+            assert error < near or (error == near and bits % 2 == 0)
 
 
 @np.errstate(all="ignore")
 def test_minimum_and_maximum() -> None:
     a, b = pairs(10)
     both_zero = (a == 0) & (b == 0)
-    for name, ignore, carry, zero in (("min", np.fmin, np.minimum, np.logical_or), ("max", np.fmax, np.maximum, np.logical_and)):
+    for name, ignore, carry, zero in (
+        ("min", np.fmin, np.minimum, np.logical_or),
+        ("max", np.fmax, np.maximum, np.logical_and),
+    ):
         expected = ignore(a, b)
         signs = zero(np.signbit(a), np.signbit(b))
         expected = np.where(both_zero, np.where(signs, np.float32(-0.0), np.float32(0)), expected)
@@ -166,12 +186,16 @@ def test_minimum_and_maximum() -> None:
 @np.errstate(all="ignore")
 def test_flush_to_zero() -> None:
     a = np.array([2.0**-149, -(2.0**-130), 2.0**-126, 1.0], np.float32)
-    np.testing.assert_array_equal(evaluate("add.ftz.f32 %d, %0, %0;", a, out="f4"), np.array([0, 0, 2.0**-125, 2], np.float32))
+    np.testing.assert_array_equal(
+        evaluate("add.ftz.f32 %d, %0, %0;", a, out="f4"), np.array([0, 0, 2.0**-125, 2], np.float32)
+    )
     assert np.signbit(evaluate("add.ftz.f32 %d, %0, %0;", a, out="f4")[1])
     half = evaluate("mul.ftz.f32 %d, %0, 0f3F000000;", a, out="f4")
     np.testing.assert_array_equal(half, np.array([0, 0, 0, 0.5], np.float32))
     np.testing.assert_array_equal(evaluate("mul.f32 %d, %0, 0f3F000000;", a, out="f4"), a * np.float32(0.5))
-    np.testing.assert_array_equal(evaluate("setp.eq.ftz.f32 %d, %0, 0f00000000;", a, out=bool), [True, True, False, False])
+    np.testing.assert_array_equal(
+        evaluate("setp.eq.ftz.f32 %d, %0, 0f00000000;", a, out=bool), [True, True, False, False]
+    )
 
 
 def test_sign_instructions_keep_nan_bits() -> None:
@@ -211,9 +235,15 @@ def test_functions(name: str) -> None:
 def test_functions_at_special_values() -> None:
     x = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, -1.0], np.float32)
     same(evaluate("ex2.approx.f32 %d, %0;", x, out="f4"), np.array([1, 1, np.inf, 0, np.nan, 0.5], np.float32))
-    same(evaluate("lg2.approx.f32 %d, %0;", x, out="f4"), np.array([-np.inf, -np.inf, np.inf, np.nan, np.nan, np.nan], np.float32))
+    same(
+        evaluate("lg2.approx.f32 %d, %0;", x, out="f4"),
+        np.array([-np.inf, -np.inf, np.inf, np.nan, np.nan, np.nan], np.float32),
+    )
     same(evaluate("rcp.approx.f32 %d, %0;", x, out="f4"), np.array([np.inf, -np.inf, 0, -0.0, np.nan, -1], np.float32))
-    same(evaluate("rsqrt.approx.f32 %d, %0;", x, out="f4"), np.array([np.inf, -np.inf, 0, np.nan, np.nan, np.nan], np.float32))
+    same(
+        evaluate("rsqrt.approx.f32 %d, %0;", x, out="f4"),
+        np.array([np.inf, -np.inf, 0, np.nan, np.nan, np.nan], np.float32),
+    )
 
 
 def test_functions_do_not_depend_on_the_place_of_an_element() -> None:
@@ -221,7 +251,9 @@ def test_functions_do_not_depend_on_the_place_of_an_element() -> None:
     x = floats(257, 11, 4)
     for name in ("ex2.approx.ftz", "lg2.approx", "tanh.approx", "sin.approx"):
         whole = evaluate(f"{name}.f32 %d, %0;", np.abs(x), out="f4")
-        single = np.array([evaluate(f"{name}.f32 %d, %0;", np.abs(x[k : k + 1]), out="f4")[0] for k in range(0, 257, 16)])
+        single = np.array(
+            [evaluate(f"{name}.f32 %d, %0;", np.abs(x[k : k + 1]), out="f4")[0] for k in range(0, 257, 16)]
+        )
         np.testing.assert_array_equal(whole[::16].view("u4"), single.view("u4"))
 
 
@@ -262,7 +294,9 @@ def test_classes_of_numbers() -> None:
 def test_saturation() -> None:
     x = np.array([-1.0, 0.25, 2.0, np.nan], np.float32)
     np.testing.assert_array_equal(evaluate("add.sat.f32 %d, %0, 0f00000000;", x, out="f4"), [0, 0.25, 1, 0])
-    np.testing.assert_array_equal(evaluate("fma.rn.sat.f32 %d, %0, 0f3F800000, 0f00000000;", x, out="f4"), [0, 0.25, 1, 0])
+    np.testing.assert_array_equal(
+        evaluate("fma.rn.sat.f32 %d, %0, 0f3F800000, 0f00000000;", x, out="f4"), [0, 0.25, 1, 0]
+    )
 
 
 @np.errstate(all="ignore")
@@ -278,7 +312,7 @@ def test_directed_rounding() -> None:
         for mode in ("rz", "rm", "rp"):
             result = evaluate(f"{name}.{mode}.f32 %d, %0, %1{rest};", a, b, c, out="f4")
             for got, want in zip(result, values, strict=True):
-                up = mode == "rp" or mode == "rz" and want < 0
+                up = mode == "rp" or (mode == "rz" and want < 0)
                 beyond = np.nextafter(got, np.float32(-np.inf if up else np.inf))
                 if up:
                     assert Fraction(float(got)) >= want > Fraction(float(beyond))

@@ -18,7 +18,11 @@ def operands(width: int, count: int, seed: int) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
     edges = np.array(EDGES[width], np.uint64)
     grid = np.stack(np.meshgrid(edges, edges, indexing="ij"), -1).reshape(-1, 2)
-    words = rng.integers(0, 1 << (8 * width), (400, count), np.uint64, endpoint=False) if width < 8 else rng.integers(0, 2**64 - 1, (400, count), np.uint64)
+    words = (
+        rng.integers(0, 1 << (8 * width), (400, count), np.uint64, endpoint=False)
+        if width < 8
+        else rng.integers(0, 2**64 - 1, (400, count), np.uint64)
+    )
     shifts = words >> rng.integers(0, 8 * width, words.shape, np.uint64)
     head = np.concatenate([grid, rng.choice(edges, (len(grid), max(0, count - 2)))], 1)[:, :count]
     return list(np.concatenate([head, words, shifts]).astype(f"u{width}").T.copy())
@@ -79,9 +83,7 @@ def test_multiply_add() -> None:
     wide = c.astype(np.uint64) << np.uint64(17)
     expected = a.astype(np.int32).astype(np.int64) * b.astype(np.int32) + wide.astype(np.int64)
     np.testing.assert_array_equal(evaluate("mad.wide.s32 %d, %0, %1, %2;", a, b, wide, out="i8"), expected)
-    np.testing.assert_array_equal(
-        evaluate("sad.u32 %d, %0, %1, %2;", a, b, c), np.where(a > b, a - b, b - a) + c
-    )
+    np.testing.assert_array_equal(evaluate("sad.u32 %d, %0, %1, %2;", a, b, c), np.where(a > b, a - b, b - a) + c)
     low = (a & 0xFFFFFF) * (b & 0xFFFFFF).astype(np.uint64)
     np.testing.assert_array_equal(evaluate("mul24.lo.u32 %d, %0, %1;", a, b), low.astype(np.uint32))
 
@@ -106,9 +108,13 @@ def test_carries_chain() -> None:
     a, b = operands(8, 2, 8)
     setup = ".reg .b32 %al, %ah, %bl, %bh, %l, %h;"
     parts = "mov.b64 {%al, %ah}, %0; mov.b64 {%bl, %bh}, %1;"
-    add = evaluate(f"{parts} add.cc.u32 %l, %al, %bl; addc.u32 %h, %ah, %bh; mov.b64 %d, {{%l, %h}};", a, b, out="u8", setup=setup)
+    add = evaluate(
+        f"{parts} add.cc.u32 %l, %al, %bl; addc.u32 %h, %ah, %bh; mov.b64 %d, {{%l, %h}};", a, b, out="u8", setup=setup
+    )
     np.testing.assert_array_equal(add, a + b)
-    sub = evaluate(f"{parts} sub.cc.u32 %l, %al, %bl; subc.u32 %h, %ah, %bh; mov.b64 %d, {{%l, %h}};", a, b, out="u8", setup=setup)
+    sub = evaluate(
+        f"{parts} sub.cc.u32 %l, %al, %bl; subc.u32 %h, %ah, %bh; mov.b64 %d, {{%l, %h}};", a, b, out="u8", setup=setup
+    )
     np.testing.assert_array_equal(sub, a - b)
 
 
@@ -123,7 +129,9 @@ def test_logic_and_shifts(width: int) -> None:
     right = [int(x) >> int(n) for x, n in zip(a, count, strict=True)]
     arithmetic = [(signed(int(x), width) >> int(n)) % (1 << bits) for x, n in zip(a, count, strict=True)]
     for name, expected in ((f"shl.b{bits}", left), (f"shr.u{bits}", right), (f"shr.s{bits}", arithmetic)):
-        np.testing.assert_array_equal(evaluate(f"{name} %d, %0, %1;", a, count, out=a.dtype), np.array(expected, a.dtype))
+        np.testing.assert_array_equal(
+            evaluate(f"{name} %d, %0, %1;", a, count, out=a.dtype), np.array(expected, a.dtype)
+        )
     np.testing.assert_array_equal(evaluate(f"shl.b{bits} %d, %0, 3;", a, out=a.dtype), a << a.dtype.type(3))
 
 
@@ -166,9 +174,13 @@ def test_bit_fields(kind: str) -> None:
         mask = sum(1 << k for k in range(bits) if p <= k < p + n)
         inserted.append(y & ~mask | (x << p) & mask)
         assert top < bits
-    np.testing.assert_array_equal(evaluate(f"bfe.{kind} %d, %0, %1, %2;", a, start, length, out=a.dtype), np.array(extracted, a.dtype))
+    np.testing.assert_array_equal(
+        evaluate(f"bfe.{kind} %d, %0, %1, %2;", a, start, length, out=a.dtype), np.array(extracted, a.dtype)
+    )
     expected = np.array(inserted, a.dtype)
-    np.testing.assert_array_equal(evaluate(f"bfi.b{bits} %d, %0, %1, %2, %3;", a, b, start, length, out=a.dtype), expected)
+    np.testing.assert_array_equal(
+        evaluate(f"bfi.b{bits} %d, %0, %1, %2, %3;", a, b, start, length, out=a.dtype), expected
+    )
 
 
 @pytest.mark.parametrize("width", [4, 8])
@@ -218,7 +230,9 @@ def test_comparisons(kind: str) -> None:
         expected = eval(f"x {sign} y", {"x": x, "y": y})
         np.testing.assert_array_equal(evaluate(f"setp.{name}.{kind} %d, %0, %1;", a, b, out=bool), expected)
         if width == 4:
-            np.testing.assert_array_equal(evaluate(f"set.{name}.u32.{kind} %d, %0, %1;", a, b), expected * np.uint32(0xFFFFFFFF))
+            np.testing.assert_array_equal(
+                evaluate(f"set.{name}.u32.{kind} %d, %0, %1;", a, b), expected * np.uint32(0xFFFFFFFF)
+            )
             np.testing.assert_array_equal(evaluate(f"set.{name}.f32.{kind} %d, %0, %1;", a, b, out="f4"), expected)
     if kind[0] == "u":
         for name, sign in {"lo": "<", "ls": "<=", "hi": ">", "hs": ">="}.items():
@@ -231,9 +245,15 @@ def test_predicates_combine() -> None:
     p = np.arange(len(a)) % 3 == 0
     for join, combine in (("and", np.logical_and), ("or", np.logical_or), ("xor", np.logical_xor)):
         less = a < b
-        np.testing.assert_array_equal(evaluate(f"setp.lt.{join}.u32 %d, %0, %1, %2;", a, b, p, out=bool), combine(less, p))
-        np.testing.assert_array_equal(evaluate(f"setp.lt.{join}.u32 %d, %0, %1, !%2;", a, b, p, out=bool), combine(less, ~p))
-        both = evaluate(f"setp.lt.{join}.u32 %d|%q, %0, %1, %2; mov.pred %d, %q;", a, b, p, out=bool, setup=".reg .pred %q;")
+        np.testing.assert_array_equal(
+            evaluate(f"setp.lt.{join}.u32 %d, %0, %1, %2;", a, b, p, out=bool), combine(less, p)
+        )
+        np.testing.assert_array_equal(
+            evaluate(f"setp.lt.{join}.u32 %d, %0, %1, !%2;", a, b, p, out=bool), combine(less, ~p)
+        )
+        both = evaluate(
+            f"setp.lt.{join}.u32 %d|%q, %0, %1, %2; mov.pred %d, %q;", a, b, p, out=bool, setup=".reg .pred %q;"
+        )
         np.testing.assert_array_equal(both, combine(~less, p))
         np.testing.assert_array_equal(evaluate(f"{join}.pred %d, %0, %1;", p, a < b, out=bool), combine(p, less))
     np.testing.assert_array_equal(evaluate("not.pred %d, %0;", p, out=bool), ~p)
@@ -252,7 +272,9 @@ def test_moves_pack_and_unpack() -> None:
     (a,) = operands(8, 1, 18)
     setup = ".reg .b32 %l, %h; .reg .b16 %w<4>;"
     swapped = (a >> np.uint64(32)) | (a << np.uint64(32))
-    np.testing.assert_array_equal(evaluate("mov.b64 {%l, %h}, %0; mov.b64 %d, {%h, %l};", a, out="u8", setup=setup), swapped)
+    np.testing.assert_array_equal(
+        evaluate("mov.b64 {%l, %h}, %0; mov.b64 %d, {%h, %l};", a, out="u8", setup=setup), swapped
+    )
     text = "mov.b64 {%w0, %w1, %w2, %w3}, %0; mov.b64 %d, {%w3, %w2, %w1, %w0};"
     reverse = a.view(np.uint16).reshape(-1, 4)[:, ::-1].copy().view(np.uint64)[:, 0]
     np.testing.assert_array_equal(evaluate(text, a, out="u8", setup=setup), reverse)

@@ -13,7 +13,9 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 GROUP, QUAD = np.arange(32) // 4, np.arange(32) % 4
 
 
-def multiply(shape: str, types: str, a: np.ndarray, b: np.ndarray, c: np.ndarray, device: Device | None = None) -> np.ndarray:
+def multiply(
+    shape: str, types: str, a: np.ndarray, b: np.ndarray, c: np.ndarray, device: Device | None = None
+) -> np.ndarray:
     """One mma.sync per warp on fragments (warps, 32, registers); returns d's fragments."""
     letters = {"f8": "d", "f4": "f", "u4": "r"}
     ca, cb, cc = (letters[x.dtype.str[1:]] for x in (a, b, c))
@@ -22,9 +24,14 @@ def multiply(shape: str, types: str, a: np.ndarray, b: np.ndarray, c: np.ndarray
     places = iter(range(nc + na + nb + nc))
     text = ", ".join("{" + ", ".join(f"%{next(places)}" for _ in range(n)) + "}" for n in (nc, na, nb, nc))
     outs = ", ".join(f'"={cc}"(d[{k}])' for k in range(nc))
-    ins = ", ".join([f'"{ca}"(A[{k}])' for k in range(na)] + [f'"{cb}"(B[{k}])' for k in range(nb)] + [f'"{cc}"(C[{k}])' for k in range(nc)])
+    ins = ", ".join(
+        [f'"{ca}"(A[{k}])' for k in range(na)]
+        + [f'"{cb}"(B[{k}])' for k in range(nb)]
+        + [f'"{cc}"(C[{k}])' for k in range(nc)]
+    )
     source = f"""
-    extern "C" __global__ void kernel(const {kinds[ca]}* a, const {kinds[cb]}* b, const {kinds[cc]}* c, {kinds[cc]}* out) {{
+    extern "C" __global__ void kernel(const {kinds[ca]}* a, const {kinds[cb]}* b, const {kinds[cc]}* c,
+      {kinds[cc]}* out) {{
       int i = blockIdx.x * blockDim.x + threadIdx.x;
       const {kinds[ca]}* A = a + i * {na}; const {kinds[cb]}* B = b + i * {nb}; const {kinds[cc]}* C = c + i * {nc};
       {kinds[cc]} d[{nc}];
@@ -45,7 +52,7 @@ def words16(matrix: np.ndarray) -> np.ndarray:
 
 
 def left16(a: np.ndarray) -> np.ndarray:
-    """A (warps, 16, k) of 16-bit elements to fragments (warps, 32, k / 4): a0 (g, 2t), a1 (g + 8, 2t), a2 (g, 2t + 8), a3 (g + 8, 2t + 8)."""
+    """A (warps, 16, k) to fragments (warps, 32, k / 4): a0 (g, 2t), a1 (g + 8, 2t), a2 (g, 2t + 8), a3 both."""
     w = words16(a)
     return np.stack([w[:, GROUP + 8 * (r % 2), QUAD + 4 * (r // 2)] for r in range(a.shape[2] // 4)], -1)
 
@@ -66,7 +73,11 @@ def accumulators(c: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("dtype", [np.dtype("f2"), BF16])
 def test_mma_of_sixteen_bit_types(depth: int, dtype: np.dtype) -> None:
     rng = np.random.default_rng(0)
-    a, b, c = rng.standard_normal((4, 16, depth)), rng.standard_normal((4, depth, 8)), rng.standard_normal((4, 16, 8)).astype("f4")
+    a, b, c = (
+        rng.standard_normal((4, 16, depth)),
+        rng.standard_normal((4, depth, 8)),
+        rng.standard_normal((4, 16, 8)).astype("f4"),
+    )
     a, b = a.astype(dtype), b.astype(dtype)
     name = "bf16" if dtype == BF16 else "f16"
     result = multiply(f"m16n8k{depth}", f"f32.{name}.{name}.f32", left16(a), right16(b), accumulators(c))
@@ -83,7 +94,9 @@ def test_mma_products_are_exact_and_integers_come_out_whole() -> None:
     rng = np.random.default_rng(1)
     a, b = rng.integers(-60, 60, (2, 16, 16)), rng.integers(-60, 60, (2, 16, 8))
     c = rng.integers(-1000, 1000, (2, 16, 8))
-    result = multiply("m16n8k16", "f32.f16.f16.f32", left16(a.astype("f2")), right16(b.astype("f2")), accumulators(c.astype("f4")))
+    result = multiply(
+        "m16n8k16", "f32.f16.f16.f32", left16(a.astype("f2")), right16(b.astype("f2")), accumulators(c.astype("f4"))
+    )
     np.testing.assert_array_equal(result, accumulators(a @ b + c))
 
 
@@ -111,13 +124,19 @@ def test_mma_of_tf32(depth: int) -> None:
 def test_mma_of_float64() -> None:
     rng = np.random.default_rng(3)
     a, b, c = rng.standard_normal((2, 8, 4)), rng.standard_normal((2, 4, 8)), rng.standard_normal((2, 8, 8))
-    result = multiply("m8n8k4", "f64.f64.f64.f64", a[:, GROUP, QUAD][..., None], b[:, QUAD, GROUP][..., None], accumulators(c))
+    result = multiply(
+        "m8n8k4", "f64.f64.f64.f64", a[:, GROUP, QUAD][..., None], b[:, QUAD, GROUP][..., None], accumulators(c)
+    )
     np.testing.assert_allclose(result, accumulators(a @ b + c), atol=1e-14)
 
 
 def test_mma_does_not_depend_on_how_many_warps_run_together() -> None:
     rng = np.random.default_rng(4)
-    a, b, c = rng.standard_normal((32, 16, 16)), rng.standard_normal((32, 16, 8)), rng.standard_normal((32, 16, 8)).astype("f4")
+    a, b, c = (
+        rng.standard_normal((32, 16, 16)),
+        rng.standard_normal((32, 16, 8)),
+        rng.standard_normal((32, 16, 8)).astype("f4"),
+    )
     fragments = left16(a.astype("f2")), right16(b.astype("f2")), accumulators(c)
     together = multiply("m16n8k16", "f32.f16.f16.f32", *fragments)
     for k in (0, 7, 31):
@@ -130,6 +149,7 @@ def test_mma_does_not_depend_on_how_many_warps_run_together() -> None:
 @pytest.mark.parametrize("number", [1, 2, 4])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_ldmatrix(number: int, transposed: bool) -> None:
+    trans = ".trans" if transposed else ""
     regs = ", ".join(f"%{k}" for k in range(number))
     outs = ", ".join(f'"=r"(r[{k}])' for k in range(number))
     source = f"""
@@ -139,7 +159,8 @@ def test_ldmatrix(number: int, transposed: bool) -> None:
       __syncthreads();
       int row = (threadIdx.x * 5 + 3) % 64; unsigned r[{number}];
       unsigned address = (unsigned)__cvta_generic_to_shared(tile + row * 8);
-      asm volatile("ldmatrix.sync.aligned.m8n8.x{number}{'.trans' if transposed else ''}.shared.b16 {{{regs}}}, [%{number}];" : {outs} : "r"(address));
+      asm volatile("ldmatrix.sync.aligned.m8n8.x{number}{trans}.shared.b16 {{{regs}}}, [%{number}];"
+                   : {outs} : "r"(address));
       for (int k = 0; k < {number}; k++) y[threadIdx.x * {number} + k] = r[k];
     }}
     """
@@ -166,7 +187,8 @@ def test_stmatrix_is_the_inverse_of_ldmatrix(number: int, transposed: bool) -> N
       __shared__ __align__(16) unsigned short tile[{64 * number}];
       unsigned r[{number}]; for (int k = 0; k < {number}; k++) r[k] = x[threadIdx.x * {number} + k];
       unsigned address = (unsigned)__cvta_generic_to_shared(tile + (threadIdx.x % {8 * number}) * 8);
-      asm volatile("stmatrix.sync.aligned.m8n8.x{number}{trans}.shared.b16 [%0], {{{regs}}};" :: "r"(address), {ins} : "memory");
+      asm volatile("stmatrix.sync.aligned.m8n8.x{number}{trans}.shared.b16 [%0], {{{regs}}};" :: "r"(address), {ins}
+        : "memory");
       __syncwarp();
       for (int k = threadIdx.x; k < {64 * number}; k += 32) y[k] = tile[k];
     }}
@@ -182,7 +204,8 @@ def test_stmatrix_is_the_inverse_of_ldmatrix(number: int, transposed: bool) -> N
 def test_movmatrix() -> None:
     source = """
     extern "C" __global__ void kernel(const unsigned* x, unsigned* y) {
-      unsigned r; asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(x[threadIdx.x])); y[threadIdx.x] = r;
+      unsigned r; asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(x[threadIdx.x]));
+        y[threadIdx.x] = r;
     }
     """
     x = np.arange(64, dtype=np.uint16).view(np.uint32)

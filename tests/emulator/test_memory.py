@@ -56,7 +56,9 @@ def test_views_are_used_in_place(name: str) -> None:
 def test_gaps_between_elements_belong_to_nobody() -> None:
     a = np.arange(80, dtype=np.float32).reshape(8, 10)
     np.testing.assert_array_equal(copy(a[:, :6]), a[:, :6])
-    with pytest.raises(OutOfBounds, match=r"read of 4 bytes at global address 0x\w+, byte 24 of 'x' \(304 bytes\)") as fault:
+    with pytest.raises(
+        OutOfBounds, match=r"read of 4 bytes at global address 0x\w+, byte 24 of 'x' \(304 bytes\)"
+    ) as fault:
         copy(a[:, :6], columns=7)
     assert fault.value.block == (0, 0, 0)
     assert fault.value.thread == (6, 0, 0)
@@ -75,7 +77,11 @@ def test_pointer_of_reversed_view_is_its_first_element() -> None:
 
 
 def test_alignment_follows_the_view() -> None:
-    source = 'extern "C" __global__ void kernel(const float4* x, float* y) { float4 v = x[threadIdx.x]; y[threadIdx.x] = v.x + v.y + v.z + v.w; }'
+    source = """
+    extern "C" __global__ void kernel(const float4* x, float* y) {
+      float4 v = x[threadIdx.x]; y[threadIdx.x] = v.x + v.y + v.z + v.w;
+    }
+    """
     a = np.arange(64, dtype=np.float32)
     result, _ = run_cuda(source, {"x": a[4:], "y": np.empty(8, np.float32)}, block=8, outputs=("y",))
     np.testing.assert_array_equal(result["y"], a[4:36].reshape(8, 4).sum(1))
@@ -141,14 +147,18 @@ def test_arrays_of_many_types_survive(dtype: str) -> None:
 
 def test_loads_and_stores_of_every_width() -> None:
     source = """
-    struct Words { unsigned char b; signed char sb; unsigned short h; short sh; unsigned w; unsigned long long d; uint2 v2; uint4 v4; double2 d2; };
+    struct Words { unsigned char b; signed char sb; unsigned short h; short sh; unsigned w; unsigned long long d;
+      uint2 v2; uint4 v4; double2 d2; };
     extern "C" __global__ void kernel(const Words* x, Words* y, long long* z) {
       int i = threadIdx.x; __shared__ Words s[64]; Words w;
-      w.b = x[i].b; w.sb = x[i].sb; w.h = x[i].h; w.sh = x[i].sh; w.w = x[i].w; w.d = x[i].d; w.v2 = x[i].v2; w.v4 = x[i].v4; w.d2 = x[i].d2;
-      s[i].b = w.b; s[i].sb = w.sb; s[i].h = w.h; s[i].sh = w.sh; s[i].w = w.w; s[i].d = w.d; s[i].v2 = w.v2; s[i].v4 = w.v4; s[i].d2 = w.d2;
+      w.b = x[i].b; w.sb = x[i].sb; w.h = x[i].h; w.sh = x[i].sh; w.w = x[i].w; w.d = x[i].d; w.v2 = x[i].v2;
+        w.v4 = x[i].v4; w.d2 = x[i].d2;
+      s[i].b = w.b; s[i].sb = w.sb; s[i].h = w.h; s[i].sh = w.sh; s[i].w = w.w; s[i].d = w.d; s[i].v2 = w.v2;
+        s[i].v4 = w.v4; s[i].d2 = w.d2;
       __syncthreads();
       int j = 63 - i;
-      y[i].b = s[j].b; y[i].sb = s[j].sb; y[i].h = s[j].h; y[i].sh = s[j].sh; y[i].w = s[j].w; y[i].d = s[j].d; y[i].v2 = s[j].v2; y[i].v4 = s[j].v4; y[i].d2 = s[j].d2;
+      y[i].b = s[j].b; y[i].sb = s[j].sb; y[i].h = s[j].h; y[i].sh = s[j].sh; y[i].w = s[j].w; y[i].d = s[j].d;
+        y[i].v2 = s[j].v2; y[i].v4 = s[j].v4; y[i].d2 = s[j].d2;
       z[i] = (long long)s[j].sb * 3 + s[j].sh + s[j].b + s[j].h;
     }
     """
@@ -162,7 +172,11 @@ def test_loads_and_stores_of_every_width() -> None:
     x = np.zeros(64, np.dtype(layout))
     for name in x.dtype.names:
         part = x[name]
-        part[...] = rng.standard_normal(part.shape) if part.dtype.kind == "f" else rng.integers(-100, 100, part.shape).astype(part.dtype)
+        part[...] = (
+            rng.standard_normal(part.shape)
+            if part.dtype.kind == "f"
+            else rng.integers(-100, 100, part.shape).astype(part.dtype)
+        )
     device = Device()
     dx = device.to_device(x.view(np.uint8), name="x")
     y, z = device.to_device(np.zeros(64 * 64, np.uint8), name="y"), device.empty(64, np.int64, name="z")
@@ -214,11 +228,16 @@ extern "C" __global__ void kernel(const char* x, char* y, const int* lengths, in
   for (int k = 0; k < SIZE; k++) y[(63 - i) * SIZE + k] = s[(63 - i) * SIZE + k];
 }
 """
+COPY_AS = 'asm volatile("{ .reg .pred q; setp.ne.s32 q, %2, 0; TEXT }" :: "r"(a), "l"(p), "r"(VALUE) : "memory");'
+INSTRUCTION = "cp.async.ca.shared.global [%0], [%1], SIZE"
 FORMS = {
-    "whole": 'asm volatile("cp.async.ca.shared.global [%0], [%1], SIZE;" :: "r"(a), "l"(p) : "memory");',
-    "source size": 'asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], SIZE, %2;" :: "r"(a), "l"(p), "r"(lengths[i]) : "memory");',
-    "ignored": 'asm volatile("{ .reg .pred q; setp.ne.s32 q, %2, 0; cp.async.ca.shared.global [%0], [%1], SIZE, q; }" :: "r"(a), "l"(p), "r"((int)(i % 5 == 0)) : "memory");',
-    "guarded": 's[i * SIZE] = 0; for (int k = 0; k < SIZE; k++) s[i * SIZE + k] = -1; asm volatile("{ .reg .pred q; setp.ne.s32 q, %2, 0; @q cp.async.ca.shared.global [%0], [%1], SIZE; }" :: "r"(a), "l"(p), "r"(i % 5) : "memory");',
+    "whole": COPY_AS.replace("TEXT", INSTRUCTION + ";").replace("VALUE", "0"),
+    "source size": COPY_AS.replace("TEXT", INSTRUCTION.replace("global", "global.L2::128B") + ", %2;").replace(
+        "VALUE", "lengths[i]"
+    ),
+    "ignored": COPY_AS.replace("TEXT", INSTRUCTION + ", q;").replace("VALUE", "(int)(i % 5 == 0)"),
+    "guarded": "for (int k = 0; k < SIZE; k++) s[i * SIZE + k] = -1;"
+    + COPY_AS.replace("TEXT", "@q " + INSTRUCTION + ";").replace("VALUE", "i % 5"),
 }
 
 
@@ -250,7 +269,8 @@ def test_a_copy_of_nothing_reads_nothing() -> None:
     source = """
     extern "C" __global__ void kernel(const char* x, int* y) {
       __shared__ __align__(16) int s[128]; int i = threadIdx.x;
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, 0;\\ncp.async.wait_all;" :: "r"((unsigned)__cvta_generic_to_shared(s + i * 4)), "l"(x + 1000000) : "memory");
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, 0;\\ncp.async.wait_all;" :
+        : "r"((unsigned)__cvta_generic_to_shared(s + i * 4)), "l"(x + 1000000) : "memory");
       y[i] = s[i * 4] + s[i * 4 + 3];
     }
     """
@@ -263,7 +283,8 @@ GROUPS = """
 extern "C" __global__ void kernel(const int* x, int* y) {
   __shared__ __align__(16) int s[4][32]; int i = threadIdx.x;
   for (int k = 0; k < 4; k++) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"((unsigned)__cvta_generic_to_shared(&s[k][i])), "l"(x + k * 32 + i) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"((unsigned)__cvta_generic_to_shared(&s[k][i])),
+      "l"(x + k * 32 + i) : "memory");
     asm volatile("cp.async.commit_group;" ::: "memory");
   }
   asm volatile("cp.async.wait_group 2;" ::: "memory"); y[i] = s[0][i]; y[32 + i] = s[1][i];
@@ -284,7 +305,8 @@ def test_lanes_wait_for_their_own_groups() -> None:
     extern "C" __global__ void kernel(const int* x, int* y) {
       __shared__ __align__(16) int s[3][32]; int i = threadIdx.x, n = i % 3 + 1;
       for (int k = 0; k < n; k++) {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\\ncp.async.commit_group;" :: "r"((unsigned)__cvta_generic_to_shared(&s[k][i])), "l"(x + k * 32 + i) : "memory");
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\\ncp.async.commit_group;" :
+          : "r"((unsigned)__cvta_generic_to_shared(&s[k][i])), "l"(x + k * 32 + i) : "memory");
       }
       asm volatile("cp.async.wait_group 1;" ::: "memory");
       int v = 0; for (int k = 0; k + 1 < n; k++) v += s[k][i];
@@ -312,7 +334,11 @@ LAUNCHES = {
 
 @pytest.mark.parametrize("message", LAUNCHES)
 def test_launches_that_a_device_refuses(message: str) -> None:
-    source = 'extern "C" __global__ void __launch_bounds__(128) kernel(int* y, int n) { __shared__ int s[64]; s[threadIdx.x % 64] = n; y[threadIdx.x] = s[threadIdx.x % 64]; }'
+    source = """
+    extern "C" __global__ void __launch_bounds__(128) kernel(int* y, int n) {
+      __shared__ volatile int s[64]; int i = threadIdx.x % 64; s[i] = n; y[threadIdx.x] = s[i];
+    }
+    """
     device = Device()
     y = device.empty(128, np.int32, name="y")
     kernel = device.load(compile_cuda(source)).kernel("kernel")

@@ -82,7 +82,8 @@ def test_bank_conflicts_of_matrices(pitch: int, conflicts: int) -> None:
       for (int k = threadIdx.x; k < 16 * {pitch}; k += 32) ((unsigned*)s)[k] = k;
       __syncwarp();
       unsigned r[4]; unsigned a = (unsigned)__cvta_generic_to_shared(s + threadIdx.x * {pitch});
-      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%0, %1, %2, %3}}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a));
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%0, %1, %2, %3}}, [%4];" : "=r"(r[0]), "=r"(r[1]),
+        "=r"(r[2]), "=r"(r[3]) : "r"(a));
       y[threadIdx.x] = r[0] ^ r[1] ^ r[2] ^ r[3];
     }}
     """
@@ -131,7 +132,8 @@ def test_matrix_operations() -> None:
     extern "C" __global__ void kernel(float* y) {
       float d[4] = {0, 0, 0, 0}; unsigned a = 0x3C003C00;
       for (int k = 0; k < 3; k++)
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%4,%4,%4}, {%4,%4}, {%0,%1,%2,%3};" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a));
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%4,%4,%4}, {%4,%4},"
+                     " {%0,%1,%2,%3};" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a));
       y[threadIdx.x] = d[0];
     }
     """

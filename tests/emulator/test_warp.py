@@ -36,7 +36,8 @@ def test_shuffle_tells_whether_the_source_was_in_range() -> None:
     source = """
     extern "C" __global__ void kernel(int* y) {
       int i = threadIdx.x, v, p;
-      asm("{ .reg .pred q; shfl.sync.down.b32 %0|q, %2, 4, 31, 0xffffffff; selp.s32 %1, 1, 0, q; }" : "=r"(v), "=r"(p) : "r"(i));
+      asm("{ .reg .pred q; shfl.sync.down.b32 %0|q, %2, 4, 31, 0xffffffff; selp.s32 %1, 1, 0, q; }" : "=r"(v),
+        "=r"(p) : "r"(i));
       y[i] = v * 2 + p;
     }
     """
@@ -50,7 +51,8 @@ def test_votes_and_matches() -> None:
       int i = threadIdx.x, v = x[i]; int all;
       y[i] = __ballot_sync(~0u, v > 5); y[64 + i] = __any_sync(~0u, v > 8) + 2 * __all_sync(~0u, v >= 0);
       y[128 + i] = __match_any_sync(~0u, v); y[192 + i] = __match_all_sync(~0u, v / 100, &all) + all;
-      y[256 + i] = __reduce_add_sync(~0u, v); y[320 + i] = __reduce_max_sync(~0u, v ^ i); y[384 + i] = __reduce_xor_sync(~0u, (unsigned)v);
+      y[256 + i] = __reduce_add_sync(~0u, v); y[320 + i] = __reduce_max_sync(~0u, v ^ i);
+        y[384 + i] = __reduce_xor_sync(~0u, (unsigned)v);
       if (v > 5) y[448 + i] = __activemask(); else y[448 + i] = 0;
     }
     """
@@ -100,7 +102,9 @@ def test_block_reduction(warp_order: int | None) -> None:
     }
     """
     x = np.random.default_rng(2).integers(0, 100, (5, 256)).astype(np.float32)
-    result, _ = run_cuda(source, {"x": x, "y": np.empty(5, np.float32)}, grid=5, block=256, outputs=("y",), warp_order=warp_order)
+    result, _ = run_cuda(
+        source, {"x": x, "y": np.empty(5, np.float32)}, grid=5, block=256, outputs=("y",), warp_order=warp_order
+    )
     np.testing.assert_array_equal(result["y"], x.sum(1))
 
 
@@ -108,12 +112,14 @@ def test_block_reduction(warp_order: int | None) -> None:
 def test_atomics(space: str) -> None:
     source = """
     extern "C" __global__ void kernel(int* g, unsigned* old, float* f) {
-      __shared__ int s[16]; 
+      __shared__ int s[16];
       if (threadIdx.x < 16) s[threadIdx.x] = g[threadIdx.x];
       __syncthreads();
       int* a = SPACE; int i = threadIdx.x, bin = i % 3;
-      atomicAdd(&a[bin], i); atomicMax(&a[3 + bin], i); atomicMin(&a[6 + bin], -i); atomicOr((unsigned*)&a[9], 1u << (i % 32)); atomicXor(&a[10], i);
-      old[i] = atomicAdd(&a[11], 1); atomicInc((unsigned*)&a[12], 9); atomicDec((unsigned*)&a[13], 5); atomicExch(&a[14], 77); atomicCAS(&a[15], 0, i + 1);
+      atomicAdd(&a[bin], i); atomicMax(&a[3 + bin], i); atomicMin(&a[6 + bin], -i); atomicOr((unsigned*)&a[9],
+        1u << (i % 32)); atomicXor(&a[10], i);
+      old[i] = atomicAdd(&a[11], 1); atomicInc((unsigned*)&a[12], 9); atomicDec((unsigned*)&a[13], 5);
+        atomicExch(&a[14], 77); atomicCAS(&a[15], 0, i + 1);
       atomicAdd(f, 0.5f);
       __syncthreads();
       if (a != g && i < 16) g[i] = s[i];
@@ -182,8 +188,9 @@ def test_barrier_reductions() -> None:
     source = """
     extern "C" __global__ void kernel(const int* x, int* y) {
       int i = threadIdx.x;
-      for (int r = 0; r < 2; r++) { int v = x[i] + r; 
-        y[r * 288 + i] = __syncthreads_count(v > 5); y[r * 288 + 96 + i] = __syncthreads_or(v > 9); y[r * 288 + 192 + i] = __syncthreads_and(v > 0); }
+      for (int r = 0; r < 2; r++) { int v = x[i] + r;
+        y[r * 288 + i] = __syncthreads_count(v > 5); y[r * 288 + 96 + i] = __syncthreads_or(v > 9);
+          y[r * 288 + 192 + i] = __syncthreads_and(v > 0); }
     }
     """
     x = np.random.default_rng(3).integers(0, 9, 96).astype(np.int32)
@@ -203,7 +210,8 @@ def test_warps_that_wait_for_each_other_by_flags_make_progress() -> None:
       if (threadIdx.x == 0) flag = 0;
       __syncthreads();
       if (threadIdx.x < 32) { while (atomicAdd(&flag, 0) == 0) { } y[threadIdx.x] = 5; }
-      else { int s = 0; for (int k = 0; k < 50; k++) s += k * (int)threadIdx.x % 7; y[threadIdx.x] = s; __threadfence_block(); if (threadIdx.x == 32) atomicExch(&flag, 1); }
+      else { int s = 0; for (int k = 0; k < 50; k++) s += k * (int)threadIdx.x % 7; y[threadIdx.x] = s;
+        __threadfence_block(); if (threadIdx.x == 32) atomicExch(&flag, 1); }
     }
     """
     for order in (None, 1):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cuflash.emulator.instructions import floating
-from cuflash.emulator.instructions.table import instruction
+from cuflash.emulator.instructions.table import Modifiers, instruction
 from cuflash.emulator.ir import KINDS, Instruction, bits
 
 if TYPE_CHECKING:
-    from cuflash.emulator.translate import BlockBuilder, Modifiers
+    from cuflash.emulator.translate import BlockBuilder
 
-FLOATS = floating_types = ("f16", "bf16", "f32", "f64")
+FLOATS = ("f16", "bf16", "f32", "f64")
 TO_INTEGER = {"rni": "rint", "rzi": "trunc", "rmi": "floor", "rpi": "ceil"}
 
 

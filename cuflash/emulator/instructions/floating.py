@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cuflash.emulator.instructions.table import instruction
+from cuflash.emulator.instructions.table import Modifiers, instruction
 from cuflash.emulator.ir import KINDS, Instruction, Operand
 
 if TYPE_CHECKING:
-    from cuflash.emulator.translate import BlockBuilder, Modifiers
+    from cuflash.emulator.translate import BlockBuilder
 
 
 def read(b: BlockBuilder, operand: Operand, t: str, ftz: bool = False) -> str:
@@ -27,6 +27,9 @@ def write(b: BlockBuilder, operand: Operand, t: str, expression: str, ftz: bool 
     b.write(operand, KINDS[t], f"{convert}({expression})" if convert else expression)
 
 
+SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
+
+
 def arithmetic(b: BlockBuilder, i: Instruction, m: Modifiers, t: str) -> None:
     """add, sub, mul, min, max, abs, neg, div, fma and mad of floating types."""
     b.count_class("floating")
@@ -42,7 +45,9 @@ def arithmetic(b: BlockBuilder, i: Instruction, m: Modifiers, t: str) -> None:
     expression = _expression(b, i.opcode, values, t, m)
     if direction:
         x, y, *z = (f"{v}.astype(F8)" for v in values)
-        first, second = {"add": (x, y), "sub": (x, f"-{y}"), "mul": (f"{x} * {y}", "F8.type(0)")}.get(i.opcode, (f"{x} * {y}", *z))
+        first, second = {"add": (x, y), "sub": (x, f"-{y}"), "mul": (f"{x} * {y}", "F8.type(0)")}.get(
+            i.opcode, (f"{x} * {y}", *z)
+        )
         expression = f"directed({first}, {second}, {direction!r})"
     if sat:
         expression = f"saturate({expression})"
@@ -54,9 +59,14 @@ def arithmetic(b: BlockBuilder, i: Instruction, m: Modifiers, t: str) -> None:
 def _expression(b: BlockBuilder, opcode: str, values: list[str], t: str, m: Modifiers) -> str:
     x, y, *rest = [*values, "0"]
     if opcode in ("add", "sub", "mul", "div"):
-        return f"{x} {dict(add='+', sub='-', mul='*', div='/')[opcode]} {y}"
+        return f"{x} {SIGNS[opcode]} {y}"
     if opcode in ("fma", "mad"):
-        name = {"f32": "multiply_add", "f64": "multiply_add64", "f16": "multiply_add_half", "f16x2": "multiply_add_half"}
+        name = {
+            "f32": "multiply_add",
+            "f64": "multiply_add64",
+            "f16": "multiply_add_half",
+            "f16x2": "multiply_add_half",
+        }
         return f"{name.get(t, 'multiply_add_bfloat')}({x}, {y}, {rest[0]})"
     if opcode in ("min", "max"):
         nan, magnitude = m.flag("NaN"), m.flag("xorsign")
@@ -91,7 +101,8 @@ APPROXIMATE = {
 
 @instruction(*APPROXIMATE, operands=2)
 def function(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
-    """The functions of the special function unit, exact here to the last bit or so of float32 instead of approximate."""
+    """The functions of the special function unit, exact here to the last bit or so of float32 instead of
+    approximate."""
     approx, ftz = m.flag("approx", "rn"), m.flag("ftz")
     t = m.type()
     if not approx:

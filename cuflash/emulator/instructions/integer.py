@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cuflash.emulator.instructions import floating
-from cuflash.emulator.instructions.table import CARRY, instruction
+from cuflash.emulator.instructions.table import CARRY, Modifiers, instruction
 from cuflash.emulator.ir import KINDS, Imm, Instruction, Mem, Pair, Reg, Sym, Vec, bits
 
 if TYPE_CHECKING:
-    from cuflash.emulator.translate import BlockBuilder, Modifiers
+    from cuflash.emulator.translate import BlockBuilder
 
 FLOATS = {"f16", "f16x2", "bf16", "bf16x2", "f32", "f64"}
 
@@ -137,7 +137,11 @@ def shf(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     k = KINDS[m.type()]
     b.count_class("integer")
     low, high, count = (b.read(v, "u4") for v in i.operands[1:])
-    b.write(i.operands[0], k, f"funnel_{'left' if side == 'l' else 'right'}({low}, {high}, {count}, {wrap}).view({k.upper()})")
+    b.write(
+        i.operands[0],
+        k,
+        f"funnel_{'left' if side == 'l' else 'right'}({low}, {high}, {count}, {wrap}).view({k.upper()})",
+    )
 
 
 @instruction("lop3", operands=5)
@@ -163,7 +167,12 @@ def bfe(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
 def bfi(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     k = KINDS[m.type()]
     b.count_class("integer")
-    x, y, start, length = b.read(i.operands[1], k), b.read(i.operands[2], k), b.read(i.operands[3], "u4"), b.read(i.operands[4], "u4")
+    x, y, start, length = (
+        b.read(i.operands[1], k),
+        b.read(i.operands[2], k),
+        b.read(i.operands[3], "u4"),
+        b.read(i.operands[4], "u4"),
+    )
     b.write(i.operands[0], k, f"insert_field({x}, {y}, {start}, {length})")
 
 
@@ -246,18 +255,37 @@ def cvta(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     k = KINDS[m.type()]
     b.count_class("integer")
     source = i.operands[1]
-    value = b.address(Mem(source, 0), k) if isinstance(source, Sym) and source.name not in b.registers else b.read(source, k)
-    b.write(i.operands[0], k, f"{value} {'-' if to else '+'} {b.constant(b.windows[space], k)}" if b.windows[space] else value)
+    value = (
+        b.address(Mem(source, 0), k)
+        if isinstance(source, Sym) and source.name not in b.registers
+        else b.read(source, k)
+    )
+    b.write(
+        i.operands[0],
+        k,
+        f"{value} {'-' if to else '+'} {b.constant(b.windows[space], k)}" if b.windows[space] else value,
+    )
 
 
 @instruction("isspacep", operands=2)
 def isspacep(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     space = m.one_of("global", "shared", "local", "const", "param")
     b.count_class("integer")
-    b.write(i.operands[0], "p", f"X.in_space({b.read(i.operands[1], 'u8')}, {space!r})")
+    b.write(i.operands[0], "p", f"in_space({b.read(i.operands[1], 'u8')}, {space!r})")
 
 
-COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
+COMPARISONS = {
+    "eq": "==",
+    "ne": "!=",
+    "lt": "<",
+    "le": "<=",
+    "gt": ">",
+    "ge": ">=",
+    "lo": "<",
+    "ls": "<=",
+    "hi": ">",
+    "hs": ">=",
+}
 
 
 def _compare(b: BlockBuilder, i: Instruction, m: Modifiers, t: str, how: str) -> str:
@@ -279,7 +307,26 @@ def _compare(b: BlockBuilder, i: Instruction, m: Modifiers, t: str, how: str) ->
     return f"({b.read(i.operands[1], k)} {COMPARISONS[how]} {b.read(i.operands[2], k)})"
 
 
-HOW = ("eq", "ne", "lt", "le", "gt", "ge", "lo", "ls", "hi", "hs", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan")
+HOW = (
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "lo",
+    "ls",
+    "hi",
+    "hs",
+    "equ",
+    "neu",
+    "ltu",
+    "leu",
+    "gtu",
+    "geu",
+    "num",
+    "nan",
+)
 
 
 @instruction("setp", operands=(3, 4))
@@ -325,7 +372,11 @@ def set_(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
 def selp(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     k = KINDS[m.type()]
     b.count_class("move")
-    b.write(i.operands[0], k, f"choose({b.read(i.operands[3], 'p')}, {b.read(i.operands[1], k)}, {b.read(i.operands[2], k)})")
+    b.write(
+        i.operands[0],
+        k,
+        f"choose({b.read(i.operands[3], 'p')}, {b.read(i.operands[1], k)}, {b.read(i.operands[2], k)})",
+    )
 
 
 @instruction("slct", operands=4)

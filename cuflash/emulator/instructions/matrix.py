@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cuflash.emulator.instructions.table import instruction
-from cuflash.emulator.ir import Imm, Instruction
+from cuflash.emulator.instructions.table import Modifiers, instruction
+from cuflash.emulator.ir import Instruction
 
 if TYPE_CHECKING:
-    from cuflash.emulator.translate import BlockBuilder, Modifiers
+    from cuflash.emulator.translate import BlockBuilder
 
 
 @instruction("ldmatrix", operands=2)
@@ -21,7 +21,9 @@ def ldmatrix(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     m.flag("shared", "shared::cta")
     m.one_of("b16")
     b.count_class("ldmatrix")
-    values = b.temporary(f"X.load_matrix({b.site()}, {b.address(i.operands[1], 'u4')}, {number}, {transposed})")
+    values = b.temporary(
+        f"X.machine.shared.load_matrix(X, {b.site()}, {b.address(i.operands[1], 'u4')}, {number}, {transposed})"
+    )
     for k, target in enumerate(b.parts(i.operands[0])):
         b.write(target, "u4", f"{values}[{k}]")
 
@@ -37,7 +39,8 @@ def stmatrix(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     m.one_of("b16")
     b.count_class("stmatrix")
     values = "".join(f"{b.read(x, 'u4')}, " for x in b.parts(i.operands[1]))
-    b.emit(f"X.store_matrix({b.site()}, {b.address(i.operands[0], 'u4')}, {number}, {transposed}, ({values}))")
+    address = b.address(i.operands[0], "u4")
+    b.emit(f"X.machine.shared.store_matrix(X, {b.site()}, {address}, {number}, {transposed}, ({values}))")
 
 
 @instruction("movmatrix", operands=2)
@@ -61,7 +64,8 @@ def mma(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     m.one_of("col")
     result, a_type, b_type, c_type = m.type(), m.type(), m.type(), m.type()
     supported = {
-        ("f16", "m16n8k16"), ("f16", "m16n8k8"), ("bf16", "m16n8k16"), ("bf16", "m16n8k8"), ("tf32", "m16n8k8"), ("tf32", "m16n8k4"),
+        ("f16", "m16n8k16"), ("f16", "m16n8k8"), ("bf16", "m16n8k16"), ("bf16", "m16n8k8"),
+        ("tf32", "m16n8k8"), ("tf32", "m16n8k4"),
         ("f64", "m8n8k4"), ("f64", "m16n8k4"), ("f64", "m16n8k8"), ("f64", "m16n8k16"),
     }  # fmt: skip
     accumulate = {"f64": ("f64",), "f16": ("f32", "f16")}.get(a_type, ("f32",))
@@ -74,15 +78,11 @@ def mma(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     left = _fragment(b, "left", [b.read(v, kind) for v in b.parts(x)], a_type, rows, depth)
     right = _fragment(b, "right", [b.read(v, kind) for v in b.parts(y)], a_type, columns, depth)
     keep = {"f32": "f4", "f64": "f8", "f16": "u4"}[result]
-    start = "".join(f"{_accumulator(b, v, keep)}, " for v in b.parts(c))
+    start = "".join(f"{b.read(v, keep)}, " for v in b.parts(c))
     name = "multiply_half" if result == "f16" else "multiply"
     values = b.temporary(f"{name}(X, {left}, {right}, ({start}))")
     for k, v in enumerate(b.parts(target)):
         b.write(v, keep, f"{values}[{k}]")
-
-
-def _accumulator(b: BlockBuilder, operand: object, kind: str) -> str:
-    return b.read(operand, kind)  # type: ignore[arg-type]
 
 
 def _fragment(b: BlockBuilder, side: str, registers: list[str], t: str, rows: int, depth: int) -> str:
@@ -90,7 +90,3 @@ def _fragment(b: BlockBuilder, side: str, registers: list[str], t: str, rows: in
     if key not in b.fragments:
         b.fragments[key] = b.temporary(f"{side}_{t}(X, ({''.join(r + ', ' for r in registers)}), {rows}, {depth})")
     return b.fragments[key]
-
-
-def is_constant_mask(operand: object) -> bool:
-    return isinstance(operand, Imm)

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cuflash.emulator.instructions.table import call_slots, instruction
-from cuflash.emulator.ir import KINDS, Imm, Instruction, Mem, Reg, Sym, bits
+from cuflash.emulator.instructions.table import Modifiers, call_slots, instruction
+from cuflash.emulator.ir import KINDS, Imm, Instruction, Mem, Operand, Reg, Sym, bits
 
 if TYPE_CHECKING:
-    from cuflash.emulator.translate import BlockBuilder, Modifiers
+    from cuflash.emulator.translate import BlockBuilder
 
 SCOPES = ("cta", "cluster", "gpu", "sys")
+MEMORY = {  # where translated code finds each space
+    "global": "X.machine.memory",
+    "const": "X.machine.memory",
+    "shared": "X.machine.shared",
+    "local": "X.machine.local",
+    "param": "X.machine.parameters",
+    "generic": "X.machine.generic",
+}
 HINTS = ("ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc")
 
 
@@ -22,7 +30,8 @@ def _space(b: BlockBuilder, m: Modifiers) -> str:
 
 
 def _hints(m: Modifiers) -> tuple[bool, bool]:
-    """Take ordering, scope and cache hints away; whether the access acquires or releases, and whether a cache policy follows."""
+    """Take ordering, scope and cache hints away; whether the access acquires or releases, and whether a cache policy
+    follows."""
     ordered = m.flag("acquire", "release", "acq_rel")
     m.flag("volatile", "relaxed", "weak", "mmio")
     m.flag(*SCOPES)
@@ -34,7 +43,7 @@ def _hints(m: Modifiers) -> tuple[bool, bool]:
     return ordered, policy
 
 
-def _address(b: BlockBuilder, place: Mem, space: str) -> str:
+def _address(b: BlockBuilder, place: Operand, space: str) -> str:
     return b.address(place, "u4" if space in ("shared", "param", "local") else "u8")
 
 
@@ -58,7 +67,7 @@ def ld(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
         return
     address = _address(b, place, space)
     b.access(space, bits(kind) * count)
-    values = b.temporary(f"X.load_{space}({b.site()}, {address}, {b.mask()}, {kind.upper()}, {count})")
+    values = b.temporary(f"{MEMORY[space]}.load(X, {b.site()}, {address}, {b.mask()}, {kind.upper()}, {count})")
     if ordered:
         b.emit("X.acquire()")
     for k, target in enumerate(targets):
@@ -84,7 +93,7 @@ def st(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     values = "".join(f"{b.read(x, kind)}, " for x in sources)
     if ordered:
         b.emit("X.release()")
-    b.emit(f"X.store_{space}({b.site()}, {address}, {b.mask()}, {kind.upper()}, ({values}))")
+    b.emit(f"{MEMORY[space]}.store(X, {b.site()}, {address}, {b.mask()}, {kind.upper()}, ({values}))")
 
 
 @instruction("atom", operands=(3, 4, 5))
@@ -97,7 +106,7 @@ def atom(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     operation = m.one_of("add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec")
     count = int((m.option("v2", "v4") or "v1")[1])
     t = m.type()
-    if t in ("f16", "bf16", "bf16x2", "f16x2") and operation != "add" or count != 1:
+    if (t in ("f16", "bf16", "bf16x2", "f16x2") and operation != "add") or count != 1:
         raise b.unsupported(f"{i.opcode}.{operation}.{t} is not supported")
     b.count_class(f"atomic_{space}")
     operands = list(i.operands)
@@ -109,7 +118,8 @@ def atom(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     if ordered:
         b.emit("X.release()")
     result = b.temporary(
-        f"X.atomic_{space}({b.site()}, {address}, {b.mask()}, {kind.upper()}, {operation!r}, ({values}), {t!r})"
+        f"{MEMORY[space]}.atomic(X, {b.site()}, {address}, {b.mask()}, {kind.upper()}, {operation!r}, ({values}), "
+        f"{t!r})"
     )
     if ordered:
         b.emit("X.acquire()")

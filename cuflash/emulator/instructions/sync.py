@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cuflash.emulator.instructions.table import instruction
+from cuflash.emulator.instructions.table import Modifiers, instruction
 from cuflash.emulator.ir import KINDS, Instruction, Pair, Reg
 
 if TYPE_CHECKING:
-    from cuflash.emulator.translate import BlockBuilder, Modifiers
+    from cuflash.emulator.translate import BlockBuilder
 
 
 @instruction("bar", "barrier", operands=1)
@@ -32,7 +32,11 @@ def barrier_take(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     """Last part of bar.red: the reduction over all threads of the barrier."""
     operation = m.one_of("popc", "and", "or")
     result, number = i.operands
-    b.write(result, "u4" if operation == "popc" else "p", f"X.machine.barriers.take(X, {b.read(number, 'u4')}, {operation!r})")
+    b.write(
+        result,
+        "u4" if operation == "popc" else "p",
+        f"X.machine.barriers.take(X, {b.read(number, 'u4')}, {operation!r})",
+    )
 
 
 @instruction("membar", "fence", operands=0)

@@ -8,14 +8,33 @@ from typing import TYPE_CHECKING
 from cuflash.emulator.ir import KINDS, Args, Instruction, Mem, Operand, Pair, Reg, Sym, Vec, bits
 
 if TYPE_CHECKING:
-    from cuflash.emulator.translate import BlockBuilder, Modifiers
+    from cuflash.emulator.translate import BlockBuilder
 
 Handler = Callable[["BlockBuilder", Instruction, "Modifiers"], None]
 TABLE: dict[str, tuple[Handler, tuple[int, ...]]] = {}
 
 # Instructions whose first operand is not a destination.
-NO_RESULT = {"st", "red", "cp", "bar", "barrier", "membar", "fence", "prefetch", "prefetchu", "discard", "applypriority",
-             "stmatrix", "barrier_give", "nanosleep", "griddepcontrol", "pmevent", "brkpt"}  # fmt: skip
+NO_RESULT = set(
+    [
+        "st",
+        "red",
+        "cp",
+        "bar",
+        "barrier",
+        "membar",
+        "fence",
+        "prefetch",
+        "prefetchu",
+        "discard",
+        "applypriority",
+        "stmatrix",
+        "barrier_give",
+        "nanosleep",
+        "griddepcontrol",
+        "pmevent",
+        "brkpt",
+    ]
+)
 
 
 def instruction(*opcodes: str, operands: int | tuple[int, ...]) -> Callable[[Handler], Handler]:
@@ -68,7 +87,8 @@ def names_in(operand: Operand, registers: dict[str, str]) -> Iterator[str]:
 
 
 def call_slots(item: Instruction, registers: dict[str, str]) -> list[str]:
-    """Registers that stand for the parameters of an inlined call, one per element of a ld.param or st.param; none for a kernel's."""
+    """Registers that stand for the parameters of an inlined call, one per element of a ld.param or st.param; none for
+    a kernel's."""
     place = item.operands[1 if item.opcode == "ld" else 0]
     if "param" not in item.modifiers or not isinstance(place, Mem) or not isinstance(place.base, Sym):
         return []
@@ -83,3 +103,37 @@ def call_slots(item: Instruction, registers: dict[str, str]) -> list[str]:
 def is_call_parameter(name: str) -> bool:
     """A .param variable of a call: declared in a scope inside the caller's body, so it carries a scope mark."""
     return "@" in name
+
+
+class Modifiers:
+    """The dotted modifiers of an instruction; whatever no handler asks for is refused afterwards."""
+
+    def __init__(self, item: Instruction) -> None:
+        self.rest = list(item.modifiers)
+
+    def flag(self, *names: str) -> bool:
+        """True when one of the names is present; it counts as handled."""
+        return self.option(*names) is not None
+
+    def option(self, *names: str, default: str | None = None) -> str | None:
+        """The one of the names that is present."""
+        for name in names:
+            if name in self.rest:
+                self.rest.remove(name)
+                return name
+        return default
+
+    def one_of(self, *names: str) -> str:
+        """The one of the names that is present; there must be one."""
+        found = self.option(*names)
+        if found is None:
+            raise ValueError(f"one of {', '.join(names)} is needed")
+        return found
+
+    def type(self) -> str:
+        """The next type name, such as "f32"."""
+        for name in self.rest:
+            if name in KINDS:
+                self.rest.remove(name)
+                return name
+        raise ValueError("a type is needed")
