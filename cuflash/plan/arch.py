@@ -52,7 +52,7 @@ def arch_named(name: str) -> Arch:
 
 
 def arch_of_capability(major: int, minor: int) -> Arch:
-    """The newest known architecture whose code runs on compute capability major.minor (same major, minor not larger)."""
+    """The newest known architecture whose code runs on compute capability major.minor (same major)."""
     for arch in sorted(ARCHS.values(), key=lambda a: -a.capability):
         if arch.capability // 10 == major and arch.capability % 10 <= minor:
             return arch

@@ -91,7 +91,8 @@ class CombineConfig:
     def __post_init__(self) -> None:
         for field in ("state_dtype", "out_dtype"):
             if getattr(self, field) not in ELEMENT_NAMES[1:]:
-                raise ConfigError(f"CombineConfig.{field} = {getattr(self, field)!r}: must be one of {ELEMENT_NAMES[1:]}")
+                must = ", ".join(ELEMENT_NAMES[1:])
+                raise ConfigError(f"CombineConfig.{field} = {getattr(self, field)!r}: must be one of {must}")
         if self.head_dim_v < 1:
             raise ConfigError(f"CombineConfig.head_dim_v = {self.head_dim_v}: must be >= 1")
 

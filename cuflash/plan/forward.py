@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 
 from cuflash.errors import ConfigError, InvalidValueError
 from cuflash.options import Options
@@ -14,6 +15,9 @@ from cuflash.problem import Problem
 
 MAX_BLOCKS = 2**31 - 1
 MAX_BLOCK_DV = 256
+FEW_ROWS = 16  # up to as many queries a sequence, as in decoding, take tiles of their own
+LONG = 4096  # keys, and
+BUSY_BLOCKS = 64  # blocks a multiprocessor, for which configurations are ranked
 MIN_SPLIT_KEYS = 256  # a split of fewer is all overhead
 COMBINE_WARPS = 4
 
@@ -47,7 +51,10 @@ def plan_forward(
     options: Options | None = None,
     sm_count: int | None = None,
 ) -> ForwardPlan:
-    """The cheapest configuration and split for a problem, by the cost model.
+    """The configuration that the cost model finds cheapest, and how often the keys are split.
+
+    The configuration follows from everything but the lengths, of which it asks only whether there are more than
+    FEW_ROWS queries: a new length, batch or number of heads compiles nothing, except the first problem that is split.
 
     Parameters
     ----------
@@ -72,16 +79,30 @@ def plan_forward(
     options = options or Options()
     sms = sm_count or arch.sm_count
     required = _required(problem, load_bytes, store_bytes)
-    if options.config is None:
-        configs = [config for config in _candidates(required, options.num_splits) if _fits(config, arch)]
-    else:
+    if options.config is not None:
         _validate(options.config, required, options.num_splits, arch)
-        configs = [options.config]
-    best = min(
-        ((config, splits) for config in configs for splits in _splits(problem, config, arch, sms, options.num_splits)),
-        key=lambda choice: cycles(choice[0], _work(problem, *choice), arch, sms),
-    )
-    return _plan(problem, *best)
+        splits = options.num_splits or (_num_splits(problem, options.config, arch, sms) if options.config.split else 1)
+        return _plan(problem, options.config, splits)
+    few_rows = problem.seqlen_q <= FEW_ROWS
+    config = _best_config(tuple(required.items()), arch, few_rows, split=False)
+    splits = options.num_splits or _num_splits(problem, config, arch, sms)
+    if splits > 1:
+        config = _best_config(tuple(required.items()), arch, few_rows, split=True)
+    return _plan(problem, config, splits)
+
+
+@cache
+def _best_config(required: tuple[tuple[str, object], ...], arch: Arch, few_rows: bool, split: bool) -> ForwardConfig:
+    """The configuration that is cheapest for long sequences. No length enters, so that none asks for a compilation."""
+    configs = [config for config in _candidates(dict(required), few_rows, split) if _fits(config, arch)]
+
+    def clocks_per_pair(config: ForwardConfig) -> float:
+        tiles = LONG / config.block_n
+        work = Work(BUSY_BLOCKS * arch.sm_count, tiles, tiles)
+        rows = min(config.block_m, FEW_ROWS) if few_rows else config.block_m
+        return cycles(config, work, arch, arch.sm_count) / rows
+
+    return min(configs, key=clocks_per_pair)
 
 
 def plan_combine(state_dtype: str, out_dtype: str, head_dim_v: int, rows: int) -> Launch:
@@ -91,7 +112,7 @@ def plan_combine(state_dtype: str, out_dtype: str, head_dim_v: int, rows: int) -
 
 
 def _plan(problem: Problem, config: ForwardConfig, num_splits: int) -> ForwardPlan:
-    forward = _launch(config, _work(problem, config, num_splits).blocks)
+    forward = _launch(config, _blocks(problem, config) * num_splits)
     combine = None
     if config.split:
         tokens = problem.batch * problem.seqlen_q if problem.total_q is None else problem.total_q
@@ -116,45 +137,32 @@ def q_tiles(problem: Problem, block_m: int) -> int:
     return problem.total_q // block_m + problem.batch + 1
 
 
-def _work(problem: Problem, config: ForwardConfig, num_splits: int) -> Work:
-    """Blocks of the launch and the key tiles that the longest of them visits."""
-    tiles = q_tiles(problem, config.block_m)
-    blocks = tiles * problem.num_heads * -(-problem.head_dim_v // config.block_dv) * num_splits
-    if not problem.varlen:
-        blocks *= problem.batch
-    key_tiles = _key_tiles(problem, config.block_m, config.block_n)
-    return Work(blocks, max(key_tiles) / num_splits, sum(key_tiles) / len(key_tiles) / num_splits)
+def _blocks(problem: Problem, config: ForwardConfig) -> int:
+    """Blocks of a launch, of each split."""
+    tiles = q_tiles(problem, config.block_m) * problem.num_heads * -(-problem.head_dim_v // config.block_dv)
+    return tiles if problem.varlen else tiles * problem.batch
 
 
-def _key_tiles(problem: Problem, block_m: int, block_n: int) -> list[int]:
-    """Key tiles visited by some query tiles, evenly spread; a packed problem is taken as one of its longest sequences."""
-    rows = problem.seqlen_q
-    count = -(-rows // block_m)
-    sample = range(0, max(count, 1), max(1, count // 16))
-    counts = []
-    for tile in sample:
-        begin, end = problem.key_range(tile * block_m, min((tile + 1) * block_m, rows))
-        counts.append(-(-end // block_n) - begin // block_n if begin < end else 0)
-    return counts
-
-
-def _splits(problem: Problem, config: ForwardConfig, arch: Arch, sms: int, asked: int | None) -> list[int]:
-    """Numbers of key splits worth trying: 1 if the query tiles fill the device; else the fewest that nearly do."""
-    if asked is not None:
-        return [asked]
-    if not config.split:
-        return [1]
-    key_tiles = max(_key_tiles(problem, config.block_m, config.block_n))
-    blocks = _work(problem, config, 1).blocks
-    if blocks >= 0.8 * sms or key_tiles <= 4:
-        return [1]
+def _num_splits(problem: Problem, config: ForwardConfig, arch: Arch, sms: int) -> int:
+    """1 if the query tiles fill the device or see few keys; else the fewest splits that nearly fill it."""
+    blocks = _blocks(problem, config)
+    visible = _most_visible_keys(problem, config.block_m)
+    if blocks >= 0.8 * sms or visible <= 4 * config.block_n:
+        return 1
     slots = sms * blocks_per_sm(config, arch)
     efficiency = {}
-    for splits in range(1, min(MAX_SPLITS, -(-key_tiles * config.block_n // MIN_SPLIT_KEYS)) + 1):
-        waves = blocks * splits / slots
-        efficiency[splits] = waves / -(-blocks * splits // slots)
+    for splits in range(1, min(MAX_SPLITS, -(-visible // MIN_SPLIT_KEYS)) + 1):
+        efficiency[splits] = blocks * splits / slots / -(-blocks * splits // slots)
     best = max(efficiency.values())
-    return [next(splits for splits, value in efficiency.items() if value >= 0.85 * best)]
+    return next(splits for splits, value in efficiency.items() if value >= 0.85 * best)
+
+
+def _most_visible_keys(problem: Problem, block_m: int) -> int:
+    """Keys that the last or the middle query tile sees, whichever is more; if packed, of the longest sequence."""
+    begin, end = problem.key_range(max(problem.seqlen_q - block_m, 0), problem.seqlen_q)
+    half = problem.seqlen_q // 2
+    half_begin, half_end = problem.key_range(half, min(half + block_m, problem.seqlen_q))
+    return max(end - begin, half_end - half_begin, 0)
 
 
 def _required(problem: Problem, load_bytes: int, store_bytes: int) -> dict[str, object]:
@@ -172,24 +180,22 @@ def _required(problem: Problem, load_bytes: int, store_bytes: int) -> dict[str, 
     }
 
 
-def _candidates(required: dict[str, object], num_splits: int | None) -> Iterator[ForwardConfig]:
-    """Every tiling worth a look, with and without split keys unless their number is given."""
+def _candidates(required: dict[str, object], few_rows: bool, split: bool) -> Iterator[ForwardConfig]:
+    """Every tiling worth a look for few or many query rows."""
     head_dim_v: int = required["head_dim_v"]  # type: ignore[assignment]
+    if split:
+        required["store_bytes"] = partial_store_bytes(head_dim_v)
     chunks = -(-head_dim_v // MAX_BLOCK_DV)
     block_dv = round_up(-(-head_dim_v // chunks), 16)
-    for block_m, num_warps in ((128, 4), (128, 8), (64, 4), (32, 2), (16, 1)):
+    for block_m, num_warps in ((16, 1),) if few_rows else ((128, 4), (128, 8), (64, 4), (32, 2)):
         for block_n in (128, 96, 64, 48, 32, 16):
             for num_stages in (1, 2):
                 for q_in_registers in (False, True):
-                    config = ForwardConfig(
+                    yield ForwardConfig(
                         block_m=block_m, block_n=block_n, block_dv=block_dv, num_warps=num_warps,
-                        num_stages=num_stages, q_in_registers=q_in_registers, split=False,
+                        num_stages=num_stages, q_in_registers=q_in_registers, split=split,
                         **required,  # type: ignore[arg-type]
                     )  # fmt: skip
-                    if num_splits is None or num_splits == 1:
-                        yield config
-                    if num_splits is None or num_splits > 1:
-                        yield replace(config, split=True, store_bytes=partial_store_bytes(head_dim_v))
 
 
 def partial_store_bytes(head_dim_v: int) -> int:
@@ -208,7 +214,7 @@ def _validate(config: ForwardConfig, required: dict[str, object], num_splits: in
         if field == "store_bytes" and config.split:
             value = partial_store_bytes(config.head_dim_v)
         if field in ("load_bytes", "store_bytes"):
-            if given > value:  # type: ignore[operator]
+            if given > value:
                 raise ConfigError(f"options.config.{field} = {given}: must be at most {value}, the rows' alignment")
         elif given != value:
             raise ConfigError(f"options.config.{field} = {given!r}: must be {value!r}, as the problem has it")

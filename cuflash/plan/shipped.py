@@ -44,5 +44,5 @@ def _problems(head_dim: int, dtype: str) -> list[Problem]:
         replace(full, **packed),  # type: ignore[arg-type]
         replace(causal, **packed),  # type: ignore[arg-type]
         replace(causal, batch=1, seqlen_q=1, num_kv_heads=4),  # decode
-        replace(full, batch=1, seqlen_q=64, num_heads=4, num_kv_heads=4, seqlen_k=64 * LONG),
+        replace(full, batch=1, seqlen_q=64, num_heads=4, num_kv_heads=4, seqlen_k=64 * LONG),  # few tiles: split
     ]
