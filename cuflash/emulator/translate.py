@@ -17,36 +17,35 @@ import numpy as np
 from cuflash.emulator import conversions, dtypes, floats, generic, integers, matrices
 from cuflash.emulator.faults import InvalidPtx, Site, UnsupportedInstruction
 from cuflash.emulator.flow import Block, Flow
-from cuflash.emulator.instructions import TABLE, Modifiers, operands_of
+from cuflash.emulator.instructions import TABLE, Modifiers
 from cuflash.emulator.ir import Imm, Instruction, Mem, Operand, Reg, Sym, Vec, bits
+from cuflash.emulator.liveness import live_out, uses_and_defines
 from cuflash.emulator.memory import WINDOWS
 
-SPECIAL = set(
-    [
-        "tid",
-        "ntid",
-        "ctaid",
-        "nctaid",
-        "laneid",
-        "warpid",
-        "nwarpid",
-        "clock",
-        "clock64",
-        "clock_hi",
-        "globaltimer",
-        "smid",
-        "nsmid",
-        "gridid",
-        "dynamic_smem_size",
-        "total_smem_size",
-        "aggr_smem_size",
-        "lanemask_eq",
-        "lanemask_lt",
-        "lanemask_le",
-        "lanemask_gt",
-        "lanemask_ge",
-    ]
-)
+SPECIAL = {
+    "tid",
+    "ntid",
+    "ctaid",
+    "nctaid",
+    "laneid",
+    "warpid",
+    "nwarpid",
+    "clock",
+    "clock64",
+    "clock_hi",
+    "globaltimer",
+    "smid",
+    "nsmid",
+    "gridid",
+    "dynamic_smem_size",
+    "total_smem_size",
+    "aggr_smem_size",
+    "lanemask_eq",
+    "lanemask_lt",
+    "lanemask_le",
+    "lanemask_gt",
+    "lanemask_ge",
+}
 WIDE_SPECIAL = {"clock64", "globaltimer"}
 VOCABULARY = {
     **vars(dtypes),
@@ -99,8 +98,8 @@ def translate(flow: Flow, symbols: dict[str, int], spaces: dict[str, str], outsi
 
     Raises UnsupportedInstruction, naming the PTX line, for anything that has no entry in the instruction table.
     """
-    uses, defines = zip(*(_uses_and_defines(block, flow.function.registers) for block in flow.blocks), strict=True)
-    live = _live_out(flow.blocks, uses, defines)
+    uses, defines = zip(*(uses_and_defines(block, flow.function.registers) for block in flow.blocks), strict=True)
+    live = live_out(flow.blocks, uses, defines)
     crossing = sorted(set().union(*uses))
     number = {name: k for k, name in enumerate(crossing)}
     shelf = Shelf(symbols, spaces, outside)
@@ -132,41 +131,6 @@ def _storage(flow: Flow, name: str) -> str:
 def pseudo_kind(name: str) -> str:
     """Kind of a register that stands for a call parameter ("variable+offset:kind") or for emulator state."""
     return name.rpartition(":")[2]
-
-
-def _uses_and_defines(block: Block, registers: dict[str, str]) -> tuple[set[str], set[str]]:
-    """Registers read before they are written in the block, and registers written."""
-    use: set[str] = set()
-    define: set[str] = set()
-    for item in block.body:
-        written, read = operands_of(item, registers)
-        if item.guard is not None:
-            read = [*read, item.guard.name, *written]
-        use.update(name for name in read if name not in define)
-        define.update(written)
-    end = block.end
-    ending = [r.name for r in (end.guard, end.index) if r is not None]
-    if end.kind == "barrier" and end.instruction is not None:
-        ending += [x.name for x in end.instruction.operands if isinstance(x, Reg)]
-    if isinstance(block.gather, Reg):
-        use.add(block.gather.name)
-    use.update(name for name in ending if name not in define)
-    return use, define
-
-
-def _live_out(blocks: list[Block], uses: tuple[set[str], ...], defines: tuple[set[str], ...]) -> list[set[str]]:
-    live_in = [set(use) for use in uses]
-    live_out: list[set[str]] = [set() for _ in blocks]
-    changed = True
-    while changed:
-        changed = False
-        for k in range(len(blocks) - 1, -1, -1):
-            out = set().union(*(live_in[t] for t in blocks[k].end.targets))
-            if out != live_out[k]:
-                live_out[k] = out
-                live_in[k] = uses[k] | (out - defines[k])
-                changed = True
-    return live_out
 
 
 @dataclass(slots=True)

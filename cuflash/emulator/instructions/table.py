@@ -14,27 +14,25 @@ Handler = Callable[["BlockBuilder", Instruction, "Modifiers"], None]
 TABLE: dict[str, tuple[Handler, tuple[int, ...]]] = {}
 
 # Instructions whose first operand is not a destination.
-NO_RESULT = set(
-    [
-        "st",
-        "red",
-        "cp",
-        "bar",
-        "barrier",
-        "membar",
-        "fence",
-        "prefetch",
-        "prefetchu",
-        "discard",
-        "applypriority",
-        "stmatrix",
-        "barrier_give",
-        "nanosleep",
-        "griddepcontrol",
-        "pmevent",
-        "brkpt",
-    ]
-)
+NO_RESULT = {
+    "st",
+    "red",
+    "cp",
+    "bar",
+    "barrier",
+    "membar",
+    "fence",
+    "prefetch",
+    "prefetchu",
+    "discard",
+    "applypriority",
+    "stmatrix",
+    "barrier_give",
+    "nanosleep",
+    "griddepcontrol",
+    "pmevent",
+    "brkpt",
+}
 
 
 def instruction(*opcodes: str, operands: int | tuple[int, ...]) -> Callable[[Handler], Handler]:
