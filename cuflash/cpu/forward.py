@@ -34,11 +34,10 @@ MIN_ITEMS = 32  # items are made small to have that many
 MAX_KEYS = 512
 SMALL = 2**16  # scores below which threads cost more than they save
 
-# If |score| <= SAFE_SCORE for every score and |v| <= SAFE_VALUE, exp(S) V neither overflows nor vanishes in float32
-# and m = 0 is as exact as the running maximum.
+# If every |score| <= SAFE_SCORE and the largest |v| is in SAFE_VALUES, exp(S) V does not overflow in float32 and loses
+# less than 1e-31 to underflow, so m = 0 serves as well as the running maximum.
 SAFE_SCORE = 32.0
-SAFE_VALUE = 2.0**40
-
+SAFE_VALUES = 2.0**-40, 2.0**40
 
 
 @cache
@@ -178,7 +177,8 @@ class _Item:
         q[: self.end - self.begin] = self.sequence.q[self.begin : self.end, self.head]
         q *= problem.scale / (problem.softcap or 1)
         bound = problem.softcap or float(np.sqrt(np.einsum("nd,nd->n", q, q).max())) * self.keys.norm
-        self.online = self.sequence.bias is not None or not (bound <= SAFE_SCORE and self.keys.v_max <= SAFE_VALUE)
+        safe = bound <= SAFE_SCORE and SAFE_VALUES[0] <= self.keys.v_max <= SAFE_VALUES[1]
+        self.online = self.sequence.bias is not None or not safe
         in_base_2 = not self.online and exp2_is_fast()
         self.exp: np.ufunc = np.exp2 if in_base_2 else np.exp
         unit = math.log2(math.e) if in_base_2 else 1.0

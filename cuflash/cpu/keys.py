@@ -40,30 +40,32 @@ class Keys:
                 self._packed = True
 
     def _pack(self) -> None:
-        self._k_tiles: list[np.ndarray] = []
-        squares = [0.0]
-        for begin in range(self._begin, self._end, self.tile):
-            k: np.ndarray = self._k[begin : min(begin + self.tile, self._end)].astype(self._dtype)
-            squares.append(np.einsum("nd,nd->n", k, k).max())
-            self._k_tiles.append(np.ascontiguousarray(k.T))
-        self.norm = float(np.sqrt(np.max(squares)))
-        self._v_rows: np.ndarray = self._v[self._begin : self._end].astype(self._dtype, order="C")
-        self.v_max = float(np.maximum(self._v_rows.max(initial=0), -self._v_rows.min(initial=0)))
-        self._odd: list[tuple[int, np.ndarray]] = []
-        if not np.isfinite(self.v_max):
-            odd = np.flatnonzero(~np.isfinite(self._v_rows).all(axis=1))
-            self._odd = [(int(i) + self._begin, self._v_rows[i].copy()) for i in odd]
-            self._v_rows[odd] = 0
+        v: np.ndarray = self._v[self._begin : self._end].astype(self._dtype, order="C")
+        self.v_max = float(np.maximum(v.max(initial=0), -v.min(initial=0)))
+        odd: list[int] = [] if np.isfinite(self.v_max) else np.flatnonzero(~np.isfinite(v).all(axis=1)).tolist()
+        odd_values = v[odd]
+        v[odd] = 0
+        self._tiles: list[KeyTile] = []
+        square = 0.0
+        for begin in range(0, len(v), self.tile):
+            end = min(begin + self.tile, len(v))
+            k: np.ndarray = self._k[self._begin + begin : self._begin + end].astype(self._dtype)
+            square = np.maximum(square, np.einsum("nd,nd->n", k, k).max())
+            odd_rows = [(i - begin, value) for i, value in zip(odd, odd_values, strict=True) if begin <= i < end]
+            first, last = begin + self._begin, end + self._begin
+            self._tiles.append(KeyTile(first, last, np.ascontiguousarray(k.T), v[begin:end], odd_rows))
+        self.norm = float(np.sqrt(square))
 
     def tiles(self, begin: int, end: int) -> Iterator[KeyTile]:
-        """The tiles that hold keys [begin, end), a part of what is packed."""
-        while begin < end:
-            index = (begin - self._begin) // self.tile
-            first = self._begin + index * self.tile
-            last = min(first + self.tile, end)
-            k_t = self._k_tiles[index]
-            if k_t.shape[1] != last - begin:
-                k_t = k_t[:, begin - first : last - first]
-            odd = [(i - begin, value) for i, value in self._odd if begin <= i < last]
-            yield KeyTile(begin, last, k_t, self._v_rows[begin - self._begin : last - self._begin], odd)
-            begin = last
+        """The tiles that hold keys [begin, end), a part of what is packed; the first and the last are cut to it."""
+        if begin >= end:
+            return
+        for tile in self._tiles[(begin - self._begin) // self.tile : -(-(end - self._begin) // self.tile)]:
+            yield tile if begin <= tile.begin and tile.end <= end else _cut(tile, begin, end)
+
+
+def _cut(tile: KeyTile, begin: int, end: int) -> KeyTile:
+    begin, end = max(begin, tile.begin), min(end, tile.end)
+    part = slice(begin - tile.begin, end - tile.begin)
+    odd_rows = [(i - part.start, value) for i, value in tile.odd_rows if part.start <= i < part.stop]
+    return KeyTile(begin, end, tile.k_t[:, part], tile.v[part], odd_rows)
