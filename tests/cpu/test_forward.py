@@ -80,6 +80,16 @@ def test_tile_edges(dtype, keywords, factor) -> None:
         assert_attention(*attention(q, k, v, **keywords), q, k, v, **keywords)
 
 
+@by_dtype
+@pytest.mark.parametrize("shape", [(2, 400, 500), (1, 1, 500), (2, 400, 1)])
+def test_bias_where_tiles_are_cut(dtype, shape) -> None:
+    """A window on both sides leaves groups of queries out at both ends of an item."""
+    rng = np.random.default_rng(10)
+    q, k, v = qkv(rng, 400, 500, dtype=dtype)
+    keywords = {"window": (20, 10), "bias": random(rng, *shape, dtype=np.float32)}
+    assert_attention(*attention(q, k, v, **keywords), q, k, v, **keywords)
+
+
 @given(
     st.tuples(*[st.integers(0, 70)] * 2),
     st.sampled_from([(1, 1), (4, 2), (6, 1), (3, 3)]),
