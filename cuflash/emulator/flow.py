@@ -16,6 +16,14 @@ from cuflash.emulator.ir import Args, Function, Imm, Instruction, Mem, Operand, 
 EXIT = 1 << 30
 FULL_MASK = 0xFFFFFFFF
 BARRIERS = ("bar", "barrier")
+MODIFIERS = {  # of the instructions that end a block
+    "bra": {"uni"},
+    "brx": {"idx", "uni"},
+    "ret": {"uni"},
+    "exit": set[str](),
+    "trap": set[str](),
+    **{name: {"sync", "arrive", "aligned", "cta", "warp"} for name in BARRIERS},
+}
 WARP_WIDE = ("mma", "ldmatrix", "stmatrix", "movmatrix", "shfl", "vote", "match", "redux", "wmma", "elect")
 
 
@@ -99,6 +107,8 @@ def _place(
     block: Block, item: Instruction, pending: list[tuple[Block, tuple[str, ...]]], tables: dict[str, tuple[str, ...]]
 ) -> bool:
     """Append an instruction, or end the block with it; True when the block is over."""
+    if item.opcode in MODIFIERS and not MODIFIERS[item.opcode].issuperset(item.modifiers):
+        raise UnsupportedInstruction(f"this form of {item.opcode} is not supported", item.site)
     if item.opcode == "bra":
         label = item.operands[0]
         block.end = Terminator("branch" if item.guard else "jump", guard=item.guard, instruction=item)

@@ -264,6 +264,26 @@ def test_asynchronous_copies(size: int, form: str, copies: str) -> None:
     assert report.async_copies == (51 if form == "guarded" else 64)
 
 
+def test_cache_policies_change_nothing() -> None:
+    source = """
+    extern "C" __global__ void kernel(const int* x, int* y) {
+      __shared__ __align__(16) int s[128]; int i = threadIdx.x, v;
+        unsigned a = (unsigned)__cvta_generic_to_shared(s + 4 * i);
+      unsigned long long policy;
+      asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+      asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;\\ncp.async.wait_all;"
+                   :: "r"(a), "l"(x + 4 * i), "r"(8), "l"(policy) : "memory");
+      asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.b32 %0, [%1], %2;" : "=r"(v) : "l"(x + i), "l"(policy));
+      asm volatile("prefetch.global.L2 [%0];" :: "l"(x));
+      asm volatile("st.global.cs.L2::cache_hint.b32 [%0], %1, %2;"
+                   :: "l"(y + i), "r"(v + s[4 * i + 1] + s[4 * i + 2]), "l"(policy) : "memory");
+    }
+    """
+    x = np.arange(128, dtype=np.int32)
+    result, _ = run_cuda(source, {"x": x, "y": np.empty(32, np.int32)}, outputs=("y",))
+    assert result["y"].tolist() == [i + 4 * i + 1 for i in range(32)]
+
+
 def test_a_copy_of_nothing_reads_nothing() -> None:
     """With a source size of zero the address is not looked at, so it may lie anywhere."""
     source = """

@@ -165,6 +165,14 @@ def cp(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     b.emit(f"X.copies.issue(X, {b.site()}, {shared}, {outside}, {size.value}, {length}, {b.mask()})")
 
 
+@instruction("createpolicy", operands=(1, 2, 3, 4, 5))
+def createpolicy(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
+    """A cache policy has no effect here; its value stands for nothing."""
+    m.rest.clear()
+    b.count_class("hint")
+    b.write(i.operands[0], "u8", b.constant(0, "u8"))
+
+
 @instruction("prefetch", "prefetchu", "applypriority", "discard", operands=(1, 2, 3))
 def prefetch(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     """Hints to the caches have no effect here."""
