@@ -85,7 +85,7 @@ def test_tile_edges(dtype, keywords, factor) -> None:
 def test_bias_where_tiles_are_cut(dtype, shape) -> None:
     """A window on both sides leaves groups of queries out at both ends of an item."""
     rng = np.random.default_rng(10)
-    q, k, v = qkv(rng, 400, 500, dtype=dtype)
+    q, k, v = qkv(rng, 400, 500, dim=64, dtype=dtype)
     keywords = {"window": (20, 10), "bias": random(rng, *shape, dtype=np.float32)}
     assert_attention(*attention(q, k, v, **keywords), q, k, v, **keywords)
 
