@@ -10,7 +10,6 @@ from cuflash.emulator.faults import InvalidLaunch
 MAX_THREADS = 1024
 MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_BLOCK = (1024, 1024, 64)
-STATIC_SHARED_LIMIT = 48 * 1024
 NAMED_BARRIERS = 16
 
 

@@ -83,10 +83,6 @@ def saturate_int(x: np.ndarray, kind: str) -> np.ndarray:
     return np.clip(x, max(low, have_low), min(high, have_high)).astype(kind)
 
 
-def round_even(x: np.ndarray) -> np.ndarray:
-    return np.rint(x)
-
-
 def truncate32(x: np.ndarray) -> np.ndarray:
     """float64 to float32 rounded toward zero."""
     x = np.asarray(x).astype(F8)

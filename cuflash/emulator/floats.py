@@ -102,10 +102,6 @@ def multiply_add_bfloat(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarr
     return np.where(inexact, (bits + step).view(F4), result)
 
 
-def nan_min(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.minimum(a, b)
-
-
 def order_min(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Minimum that ignores a NaN and orders -0 below +0."""
     result = np.fmin(a, b)

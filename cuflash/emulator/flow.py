@@ -146,7 +146,7 @@ def _gather(item: Instruction) -> str | Imm | Reg | None:
         return "warp"
     if item.opcode not in WARP_WIDE or "sync" not in item.modifiers:
         return None
-    return _mask(item, item.operands[-1]) if item.opcode in ("shfl", "vote", "match", "redux") else "warp"
+    return _mask(item, item.operands[-1]) if item.opcode in ("shfl", "vote", "match", "redux", "elect") else "warp"
 
 
 def _mask(item: Instruction, operand: Operand) -> str | Imm | Reg:

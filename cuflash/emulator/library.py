@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from cuflash.emulator.flow import build
-from cuflash.emulator.ir import Function, Variable
-from cuflash.emulator.memory import LOCAL_WINDOW, SHARED_WINDOW
+from cuflash.emulator.ir import Args, Function, Imm, Mem, Operand, Sym, Variable, Vec
 from cuflash.emulator.parse import parse
 from cuflash.emulator.translate import Translation, translate
 
@@ -59,8 +59,9 @@ def _translate(ptx: str) -> Library:
         if not function.is_entry:
             continue
         flow = build(program, function)
-        names = {*flow.function.variables}
-        shared = [v for v in (*program.variables.values(), *flow.function.variables.values()) if v.space == "shared"]
+        mentioned = {name for block in flow.blocks for item in block.body for name in _symbols(item.operands)}
+        everything = (*program.variables.values(), *flow.function.variables.values())
+        shared = [v for v in everything if v.space == "shared" and v.name in mentioned]
         static = [v for v in shared if not v.dynamic]
         places, size = _layout(static)
         start = max((v.align for v in shared if v.dynamic), default=16)
@@ -68,12 +69,11 @@ def _translate(ptx: str) -> Library:
         places |= {v.name: dynamic_start for v in shared if v.dynamic}
         local, local_size = _layout([v for v in flow.function.variables.values() if v.space == "local"])
         params, _ = _layout(function.params)
-        spaces = {**dict.fromkeys(places, "shared"), **dict.fromkeys(local, "local"), **dict.fromkeys(params, "param")}
         inner = {v.name: v for v in flow.function.variables.values() if v.space in ("global", "const")}
-        translation = translate(flow, places | local | params, spaces, outside.keys() | inner.keys())
+        translation = translate(flow, places | local | params, outside.keys() | inner.keys())
         entries[function.name] = Entry(function, translation, size, dynamic_start, local_size)
         used |= translation.globals_used
-        outside |= {k: v for k, v in inner.items() if k in names}
+        outside |= inner
     variables, queue = {}, sorted(used)
     while queue:
         name = queue.pop()
@@ -81,6 +81,17 @@ def _translate(ptx: str) -> Library:
             variables[name] = outside[name]
             queue += [symbol.name for _, symbol in outside[name].symbols]
     return Library(entries, tuple(variables.values()))
+
+
+def _symbols(operands: Iterable[Operand]) -> Iterator[str]:
+    """Names of variables in operands (and of scoped registers, which do no harm here)."""
+    for operand in operands:
+        if isinstance(operand, Mem):
+            operand = operand.base or Imm(0)
+        if isinstance(operand, Sym):
+            yield operand.name
+        elif isinstance(operand, (Vec, Args)):
+            yield from _symbols(operand.items)
 
 
 def _layout(variables: list[Variable]) -> tuple[dict[str, int], int]:
@@ -91,6 +102,3 @@ def _layout(variables: list[Variable]) -> tuple[dict[str, int], int]:
         places[variable.name] = size
         size += variable.size
     return places, size
-
-
-__all__ = ["LOCAL_WINDOW", "SHARED_WINDOW", "Entry", "Library", "library"]

@@ -35,7 +35,7 @@ VARIABLE = re.compile(
 LOC = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+(\d+)(?:.*inlined_at\s+(\d+)\s+(\d+)\s+(\d+))?", re.S)
 FUNCTION = re.compile(r"\.(entry|func)\s*(?:\((.*?)\)\s*)?([\w$]+)\s*(?:\((.*?)\))?(.*)$", re.S)
 INTEGER = re.compile(r"([+-]?)(0[xX][0-9a-fA-F]+|0[bB][01]+|\d+)U?$")
-ADDRESS = re.compile(r"\[\s*([\w$%.]+)?\s*(?:([+-])?\s*([+-]?\w+))?\s*\]$")
+ADDRESS = re.compile(r"\[\s*([\w$%.@]+)?\s*(?:([+-])?\s*([+-]?\w+))?\s*\]$")
 LINE_DIRECTIVES = {".loc", ".file", ".version", ".target", ".address_size", ".section"}
 
 
@@ -172,11 +172,13 @@ class _Parser:
         return name
 
     def _resolve_target(self, name: str) -> str:
-        """The label that a branch in the present scope means: the innermost one, declared already or still to come."""
-        for scope in reversed(self.scopes):
-            if name in scope:
-                return scope[name]
-        return self._declare(name) if name.startswith("$") is False and len(self.scopes) > 1 else name
+        """The label that a branch means. Inside a scope a name not yet seen is a label that the scope declares
+        further on, unless it is one of the compiler's own, which begin with $ and belong to the function.
+        """
+        known = next((scope[name] for scope in reversed(self.scopes) if name in scope), None)
+        if known is not None:
+            return known
+        return name if name.startswith("$") or len(self.scopes) == 1 else self._declare(name)
 
     # --- statements
 
@@ -199,12 +201,10 @@ class _Parser:
             self._instruction(text, number)
 
     def _table(self, names: str) -> None:
-        assert_function = self.function
-        if assert_function is None or not assert_function.body or not isinstance(assert_function.body[-1], str):
+        function = self.function
+        if function is None or not function.body or not isinstance(function.body[-1], str):
             raise InvalidPtx(".branchtargets needs a label before it")
-        assert_function.tables[assert_function.body[-1]] = tuple(
-            self._resolve_target(n.strip()) for n in names.split(",")
-        )
+        function.tables[function.body[-1]] = tuple(self._resolve_target(n.strip()) for n in names.split(","))
 
     def _registers(self, type_name: str, names: str, number: int) -> None:
         if self.function is None or type_name not in KINDS:
@@ -299,14 +299,13 @@ def _plain_operand(text: str, is_register: bool) -> Operand:
     if text == "_":
         return Reg("_")
     if text[0] == "[":
-        match = ADDRESS.match(text.replace("@", "ｐ"))
+        match = ADDRESS.match(text)
         if match is None:
             raise ValueError(f"address {text!r} is not understood")
         name, sign, number = match.groups()
         offset = int(number.rstrip("U"), 0) * (-1 if sign == "-" else 1) if number else 0
         if name is None or INTEGER.match(name):
             return Mem(None, int(name or "0", 0) + offset)
-        name = name.replace("ｐ", "@")
         return Mem(Reg(name) if name[0] == "%" else Sym(name), offset)
     if "|" in text:
         first, second = (part.strip() for part in text.split("|"))

@@ -90,11 +90,10 @@ class Translation:
     source: str = field(repr=False, default="")
 
 
-def translate(flow: Flow, symbols: dict[str, int], spaces: dict[str, str], outside: Set[str]) -> Translation:
+def translate(flow: Flow, symbols: dict[str, int], outside: Set[str]) -> Translation:
     """Translate a kernel.
 
-    symbols, spaces : addresses of variables in their own space, and that space; outside : names of variables in
-        global memory.
+    symbols : addresses of variables in their own space; outside : names of variables in global memory.
 
     Raises UnsupportedInstruction, naming the PTX line, for anything that has no entry in the instruction table.
     """
@@ -102,7 +101,7 @@ def translate(flow: Flow, symbols: dict[str, int], spaces: dict[str, str], outsi
     live = live_out(flow.blocks, uses, defines)
     crossing = sorted(set().union(*uses))
     number = {name: k for k, name in enumerate(crossing)}
-    shelf = Shelf(symbols, spaces, outside)
+    shelf = Shelf(symbols, outside)
     lines: list[str] = []
     partial = []
     for block, use, define, out in zip(flow.blocks, uses, defines, live, strict=True):
@@ -138,7 +137,6 @@ class Shelf:
     """What the blocks of a kernel share while they are translated."""
 
     symbols: dict[str, int]
-    spaces: dict[str, str]
     outside: Set[str]
     constants: dict[str, object] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)

@@ -374,6 +374,24 @@ def test_launches_that_a_device_refuses(message: str) -> None:
     assert isinstance(fault.value, ValueError)
 
 
+def test_kernels_of_a_module_have_shared_memory_of_their_own() -> None:
+    source = """
+    __shared__ volatile int both[10];
+    extern "C" __global__ void first(int* y) { __shared__ volatile int a[100]; a[threadIdx.x] = 1; both[0] = a[0]; }
+    extern "C" __global__ void second(int* y) { __shared__ volatile int b[7]; b[threadIdx.x % 7] = 1; }
+    extern "C" __global__ void third(int* y) { extern __shared__ int c[]; c[threadIdx.x] = y[threadIdx.x];
+      y[threadIdx.x] = c[threadIdx.x]; }
+    """
+    device = Device()
+    module = device.load(compile_cuda(source))
+    assert module.kernels == ("first", "second", "third")
+    assert [module.kernel(name).static_shared_bytes for name in module.kernels] == [440, 28, 0]
+    y = device.to_device(np.arange(32, dtype=np.int32), name="y")
+    with pytest.raises(OutOfBounds, match="outside the 64 bytes"):
+        module.kernel("third").launch(1, 32, [y], shared_bytes=64)
+    module.kernel("third").launch(1, 32, [y], shared_bytes=128)
+
+
 def test_bad_devices_arrays_and_kernels() -> None:
     with pytest.raises(InvalidLaunch, match="arch = 'sm_75'"):
         Device("sm_75")

@@ -89,6 +89,21 @@ def test_partial_masks_gather_their_members() -> None:
     np.testing.assert_array_equal(result["y"], v[31 - LANES])
 
 
+def test_one_lane_is_elected() -> None:
+    source = """
+    extern "C" __global__ void kernel(int* y) {
+      int i = threadIdx.x, p, who;
+      asm volatile("{ .reg .pred q; elect.sync %0|q, 0xffffffff; selp.s32 %1, 1, 0, q; }" : "=r"(who), "=r"(p));
+      y[i] = who * 10 + p;
+    }
+    """
+    arrays = {"y": np.empty(64, np.int32)}
+    result, _ = run_cuda(
+        source, arrays, block=64, outputs=("y",), options=("--gpu-architecture=compute_90",), arch="sm_90"
+    )
+    assert result["y"].tolist() == [1] + [0] * 31 + [1] + [0] * 31
+
+
 @pytest.mark.parametrize("warp_order", [None, 0, 1])
 def test_block_reduction(warp_order: int | None) -> None:
     source = """
