@@ -62,7 +62,9 @@ def registers(config: ForwardConfig) -> int:
     if config.windowed:
         rest += 6
     if config.bias_dtype != "none":
-        rest += 16
+        rest += 20 + scores // 2  # of the bias, what is on its way
+    if config.num_stages == 1:
+        rest += 10  # copies start while the scores are held
     if config.softcapped:
         rest += 8
     return scores + outputs + queries + rest

@@ -56,6 +56,19 @@ __device__ __forceinline__ void load_shared_v4(u32 (&value)[4], u32 shared) {
                  : "memory");
 }
 
+// Loads that happen where they stand, whether or not the value turns out to matter.
+__device__ __forceinline__ u16 load_global_u16(const void* global) {
+    u16 value;
+    asm volatile("ld.global.u16 %0, [%1];" : "=h"(value) : "l"(global));
+    return value;
+}
+
+__device__ __forceinline__ float load_global_f32(const void* global) {
+    float value;
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(global));
+    return value;
+}
+
 __device__ __forceinline__ void store_global_v2(void* global, u32 x, u32 y) {
     asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(global), "r"(x), "r"(y) : "memory");
 }

@@ -1,6 +1,7 @@
 // Element types of arrays in memory, and their conversion from and to float32.
 #pragma once
 
+#include "ptx/copy.cuh"
 #include "ptx/math.cuh"
 #include "ptx/matrix.cuh"
 
@@ -18,12 +19,13 @@ __device__ __forceinline__ u32 pack(float low, float high) {
     else return ptx::cvt_bf16x2(low, high);
 }
 
-// array[offset] as float32.
+// array[offset] as float32. The load is never dropped: bytes moved depend on shapes, not on values.
 template <Element E>
 __device__ __forceinline__ float load_element(const void* array, i64 offset) {
-    if constexpr (E == Element::float32) return static_cast<const float*>(array)[offset];
-    else if constexpr (E == Element::float16) return ptx::cvt_f32_f16(static_cast<const u16*>(array)[offset]);
-    else return ptx::cvt_f32_bf16(static_cast<const u16*>(array)[offset]);
+    const void* element = static_cast<const char*>(array) + offset * bytes_of(E);
+    if constexpr (E == Element::float32) return ptx::load_global_f32(element);
+    else if constexpr (E == Element::float16) return ptx::cvt_f32_f16(ptx::load_global_u16(element));
+    else return ptx::cvt_f32_bf16(ptx::load_global_u16(element));
 }
 
 // array[offset] = value, rounded to nearest even.
