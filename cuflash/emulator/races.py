@@ -95,6 +95,9 @@ class History:
         parts = other.granule // self.granule
         pieces = first[..., None] * parts + np.arange(parts)
         self.last_write[pieces] = other.last_write[first][..., None]
+        if other.atomic.size:
+            self._keep_atomics()
+            self.atomic[pieces] = other.atomic[first][..., None]
         if self.check:
             known = other.last_read[first]
             limit = self.clocks.limit[:, 0, 0][lines // (self.stride // LINE)]
@@ -102,6 +105,11 @@ class History:
                 known < limit[:, None, None] << LANE_BITS
             ).all():  # else all warps have seen these reads: no need to keep them
                 self.last_read[pieces] = known[..., None, :]
+
+    def _keep_atomics(self) -> None:
+        """From now on, know of every granule whether its last write was atomic."""
+        if not self.atomic.size:
+            self.atomic = np.zeros(len(self.last_write), bool)
 
     def pieces(self, offsets: np.ndarray, width: int) -> np.ndarray:
         """Granules of accesses at byte offsets: a new last axis when an access covers several."""
@@ -180,11 +188,10 @@ class History:
         mine = ((IN_FLIGHT if in_flight else time) << THREAD_BITS | tid).astype(np.int32)
         mine = mine[:, None] if wide else mine
         self.last_write[pieces] = mine
+        if atomic:
+            self._keep_atomics()
         if self.atomic.size:
             self.atomic[pieces] = atomic
-        elif atomic:
-            self.atomic = np.zeros(len(self.last_write), bool)
-            self.atomic[pieces] = True
         if not atomic and not (self.last_write.take(pieces) == mine).all():
             other = self.last_write.take(pieces)
             raise self._race(

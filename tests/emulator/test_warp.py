@@ -275,3 +275,21 @@ def test_device_keeps_results_equal_under_every_order() -> None:
         device.load(compile_cuda(source)).kernel("kernel").launch(1, 128, [dx, dy, np.int32(9)])
         results.append(dy.to_host().view(np.uint32))
     assert all((r == results[0]).all() for r in results)
+
+
+def test_atomics_beside_narrower_accesses_are_no_race() -> None:
+    """A byte and a counter in one line of 16 bytes: the byte makes the line's history finer between two atomics."""
+    source = """
+    extern "C" __global__ void kernel(int* y) {
+      __shared__ __align__(16) struct { int counter; char flag; } s; int i = threadIdx.x;
+      if (i == 0) s.counter = 0;
+      __syncthreads();
+      if (i < 32) atomicAdd(&s.counter, i); else if (i == 32) s.flag = 1;
+      if (i >= 32) atomicAdd(&s.counter, i);
+      __syncthreads();
+      y[i] = s.counter + s.flag;
+    }
+    """
+    for order in (None, 0, 1, 2):
+        result, _ = run_cuda(source, {"y": np.empty(64, np.int32)}, block=64, outputs=("y",), warp_order=order)
+        assert (result["y"] == 63 * 32 + 1).all()
