@@ -28,7 +28,7 @@ from cuflash.problem import Problem
 MAX_PRODUCT = 2 * 4 * 65536 - 1
 MAX_MATVEC = 4 * 2304 - 1
 
-MAX_ROWS = 48  # queries of one product
+MAX_ROWS = 64  # queries of one product
 MIN_ITEM_ROWS, MAX_ITEM_ROWS = 240, 528  # queries of an item: its scores stay in L2
 MIN_ITEMS = 32  # items are made small to have that many
 MAX_KEYS = 512
