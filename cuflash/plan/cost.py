@@ -12,6 +12,7 @@ from cuflash.plan.arch import Arch
 from cuflash.plan.config import ForwardConfig, KernelConfig, round_up
 
 MAX_REGISTERS = 255  # of a thread
+COMPILER_REGISTERS = {"sm_100": 6}  # that the assembler was seen to need beyond the estimate
 REGISTERS_PER_SM = 65536
 RESERVED_SHARED = 1024  # bytes of shared memory that the driver takes per block
 MAX_BLOCKS_PER_SM = 32
@@ -22,7 +23,7 @@ FMA_16BIT = 1024  # of the tensor cores through mma.sync
 SHARED_BYTES = 128
 EXPONENTIALS = 16
 FLOAT_OPS = 128
-GLOBAL_BYTES = 20  # a fair share of the device's bandwidth
+GLOBAL_BYTES = 40  # keys and values come from L2 for all but the first query tile of a head
 
 OPS_PER_SCORE = 6  # maximum, fma, sum, half a conversion, loads and stores of its share
 BIAS_OPS = 8
@@ -62,7 +63,7 @@ def registers(config: ForwardConfig) -> int:
     if config.windowed:
         rest += 6
     if config.bias_dtype != "none":
-        rest += 20 + scores // 2  # of the bias, what is on its way
+        rest += 24 + scores // 2  # of the bias, what is on its way
     if config.num_stages == 1:
         rest += 10  # copies start while the scores are held
     if config.softcapped:

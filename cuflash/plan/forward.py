@@ -10,7 +10,7 @@ from cuflash.errors import ConfigError, InvalidValueError
 from cuflash.options import Options
 from cuflash.plan.arch import Arch
 from cuflash.plan.config import MAX_SPLITS, CombineConfig, ForwardConfig, KernelConfig, round_up
-from cuflash.plan.cost import MAX_REGISTERS, Work, blocks_per_sm, cycles, registers, shared_bytes
+from cuflash.plan.cost import COMPILER_REGISTERS, MAX_REGISTERS, Work, blocks_per_sm, cycles, registers, shared_bytes
 from cuflash.problem import Problem
 
 MAX_BLOCKS = 2**31 - 1
@@ -204,7 +204,8 @@ def partial_store_bytes(head_dim_v: int) -> int:
 
 
 def _fits(config: ForwardConfig, arch: Arch) -> bool:
-    return shared_bytes(config) <= arch.shared_per_block and registers(config) <= MAX_REGISTERS
+    wanted = registers(config) + COMPILER_REGISTERS.get(arch.name, 0)
+    return shared_bytes(config) <= arch.shared_per_block and wanted <= MAX_REGISTERS
 
 
 def _validate(config: ForwardConfig, required: dict[str, object], num_splits: int | None, arch: Arch) -> None:
