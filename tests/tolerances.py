@@ -1,8 +1,8 @@
 """The one table of tolerances, and the comparison that uses it.
 
 The rule (that of the FlashAttention papers' tests): the largest error against the float64 oracle may be at most FACTOR
-times that of standard attention computed in the input dtype, plus a small absolute term. lse is kept in float32 whatever
-the inputs are, so it is held to standard attention in float32.
+times that of standard attention computed in the input dtype, plus a small absolute term. lse is in float32 whatever the
+inputs are, so it is held to standard attention in float32.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from ml_dtypes import finfo
 from tests import oracle
 
 FACTOR = 2.0
-GRADIENT_FACTOR = 3.0
 
 
 class Tolerance(NamedTuple):
