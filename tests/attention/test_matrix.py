@@ -25,13 +25,19 @@ COMPILED: dict[str, Any] = {
     "windowed": (False, True),
     "softcap": (None, 1.5),
     "packed": (False, True),
+    "few_queries": (False, True),  # a plan gives them tiles of their own
     "split": (False, True),
 }
 RUN_TIME: dict[str, Any] = {
-    "lengths": ((33, 65), (64, 64), (1, 131), (17, 127), (65, 63), (129, 31), (31, 0), (16, 1)),
+    "lengths": ((33, 65), (64, 64), (65, 63), (17, 127), (129, 31), (31, 0)),
+    "few_lengths": ((1, 131), (16, 64), (16, 1), (7, 65), (1, 0), (3, 33)),
     "sequences": (
-        ((33, 65), (1, 1)), ((5, 0), (17, 40), (0, 7)), ((1, 70), (1, 3), (1, 33)), ((64, 64),), ((9, 3), (20, 80)),
+        ((33, 65), (1, 1)), ((5, 0), (17, 40), (0, 7)), ((64, 64),), ((9, 3), (20, 80)), ((40, 7), (40, 70), (40, 33)),
         ((16, 16), (15, 17), (1, 0), (0, 0), (31, 33)),
+    ),
+    "few_sequences": (
+        ((1, 70), (1, 3), (1, 33)), ((16, 65), (1, 1)), ((5, 0), (7, 40), (0, 7)), ((16, 64),), ((9, 3), (2, 80)),
+        ((1, 16),) * 9,
     ),
     "batch": (1, 2, 3),
     "heads": ((1, 1), (2, 2), (4, 2), (3, 1), (6, 2)),
@@ -50,14 +56,16 @@ def case_of(row: Row) -> Case:
     causal = row["windowed"] and (window is None or window[1] == -1)
     if causal and window is not None:
         window = (window[0], None)
+    few = "few_" * row["few_queries"]
+    seqlen_q, seqlen_k = row[f"{few}lengths"]
     return Case(
-        dtype=row["dtype"], seqlen_q=row["lengths"][0], seqlen_k=row["lengths"][1],
+        dtype=row["dtype"], seqlen_q=seqlen_q, seqlen_k=seqlen_k,
         head_dim=row["dims"][0], head_dim_v=row["dims"][1], batch=row["batch"],
         num_heads=row["heads"][0], num_kv_heads=row["heads"][1], causal=causal, window=window,
         softcap=row["softcap"], scale=row["scale"], bias=row["bias"] if row["bias_dtype"] else "",
         bias_dtype=row["bias_dtype"] or "float32", values=row["values"], layout=row["layout"],
         options=Options(num_splits=row["splits"] if row["split"] else 1),
-        sequences=row["sequences"] if row["packed"] else None,
+        sequences=row[f"{few}sequences"] if row["packed"] else None,
     )  # fmt: skip
 
 
