@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -41,6 +42,25 @@ def test_bias(device: Any, bias_values: str, bias: str, num_splits: int) -> None
 @pytest.mark.parametrize("bias_dtype", ["float16", "bfloat16"])
 def test_infinite_bias_of_narrow_dtypes(device: Any, bias_values: str, bias_dtype: str) -> None:
     check(device, LONG.but(bias="bhqk", bias_values=bias_values, bias_dtype=bias_dtype, causal=True))
+
+
+@pytest.mark.parametrize("bias_dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("rows", ["some_keys", "all_keys"])
+def test_the_lowest_number_as_a_mask(device: Any, bias_dtype: str, rows: str) -> None:
+    """As frameworks spell masks. It is finite: a row that has nothing else weighs its keys equally.
+
+    Kernels keep scores in base 2, where what is below -2.3e38 is -inf; so such a row holds -2e38 here.
+    """
+    case = LONG.but(bias="..qk", bias_dtype=bias_dtype)
+    inputs = make(case)
+    lowest = float(ml_dtypes.finfo(bias_dtype).min)
+    if rows == "all_keys":
+        lowest = max(lowest, -2e38)
+    bias = inputs.bias.copy()
+    bias[..., :5, : 100 if rows == "some_keys" else None] = lowest
+    inputs = inputs._replace(bias=bias)
+    out, lse = call(device, case, inputs)
+    hold_to_oracle(case, inputs, out, lse)
 
 
 @pytest.mark.parametrize("tile", [0, 1, 2])

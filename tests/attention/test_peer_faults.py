@@ -51,8 +51,11 @@ def test_transposed_heads_and_tokens_of_equal_length(device: Any) -> None:
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2], ids=["batch", "token", "head"])
-def test_offsets_past_32_bits(axis: int) -> None:
+def test_offsets_past_32_bits(device: Any, axis: int) -> None:
     """Entry 1 of an axis lies 2^31 + 8 elements behind entry 0, in memory that nothing else touches."""
+    if device.name == "emulated":
+        check_far()  # by tokens only, in less memory
+        return
     shape, step = [1, 1, 1, 8], 2**31 + 8
     shape[axis] = 2
     strides = [16, 16, 16, 2]
@@ -62,12 +65,8 @@ def test_offsets_past_32_bits(axis: int) -> None:
     far = [np.lib.stride_tricks.as_strided(np.empty(step + 8, np.float16), shape, strides) for _ in range(3)]
     for view, array in zip(far, dense, strict=True):
         view[...] = array
-    got, lse = cuflash.attention(*far, return_lse=True)
+    got, lse = device.run(cuflash.attention, *far, return_lse=True)
     tolerances.assert_attention(got, lse, *dense)
-
-
-def test_offsets_past_32_bits_in_the_kernel() -> None:
-    check_far()
 
 
 @pytest.mark.parametrize("columns", [63, 64, 65, 127, 129, 200])
