@@ -74,7 +74,8 @@ class ForwardConfig:
 
     def unit(self) -> str:
         """The CUDA source to compile: an include, the constant, an entry."""
-        return _unit(self, "forward", f"__launch_bounds__({self.threads})")
+        # One block a multiprocessor suffices: else ptxas spills where that lets one more reside.
+        return _unit(self, "forward", f"__launch_bounds__({self.threads}, 1)")
 
 
 @dataclass(frozen=True)

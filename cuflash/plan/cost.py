@@ -12,7 +12,7 @@ from cuflash.plan.arch import Arch
 from cuflash.plan.config import ForwardConfig, KernelConfig, round_up
 
 MAX_REGISTERS = 255  # of a thread
-COMPILER_REGISTERS = {"sm_100": 6}  # that the assembler was seen to need beyond the estimate
+COMPILER_REGISTERS = {"sm_100": 14}  # that the assembler was seen to need beyond the estimate
 REGISTERS_PER_SM = 65536
 RESERVED_SHARED = 1024  # bytes of shared memory that the driver takes per block
 MAX_BLOCKS_PER_SM = 32
@@ -60,10 +60,10 @@ def registers(config: ForwardConfig) -> int:
     scores, outputs = rows * config.block_n // 2, rows * config.block_dv // 2
     queries = rows * round_up(config.head_dim, 16) // 4 if config.q_in_registers else 4 * rows
     rest = 46 + 4 * rows
-    if config.windowed:
-        rest += 6
     if config.bias_dtype != "none":
-        rest += 24 + scores // 2  # of the bias, what is on its way
+        rest += 34 + scores // 2  # of the bias, what is on its way
+    if config.split:
+        rest += 2
     if config.num_stages == 1:
         rest += 10  # copies start while the scores are held
     if config.softcapped:

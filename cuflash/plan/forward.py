@@ -187,8 +187,10 @@ def _candidates(required: dict[str, object], few_rows: bool, split: bool) -> Ite
         required["store_bytes"] = partial_store_bytes(head_dim_v)
     chunks = -(-head_dim_v // MAX_BLOCK_DV)
     block_dv = round_up(-(-head_dim_v // chunks), 16)
-    for block_m, num_warps in ((16, 1),) if few_rows else ((128, 4), (128, 8), (64, 4), (32, 2)):
-        for block_n in (128, 96, 64, 48, 32, 16):
+    row_tiles = ((16, 1),) if few_rows else ((128, 4), (128, 8), (64, 4), (32, 2))
+    key_tiles = (128, 96, 64, 48, 32) if few_rows else (128, 96, 64, 48, 32, 16)
+    for block_m, num_warps in row_tiles:
+        for block_n in key_tiles:
             for num_stages in (1, 2):
                 for q_in_registers in (False, True):
                     yield ForwardConfig(

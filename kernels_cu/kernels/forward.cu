@@ -47,6 +47,40 @@ struct Flag {
     static constexpr bool value = kValue;
 };
 
+// One thread finds out what the block computes.
+template <ForwardConfig C>
+__device__ __forceinline__ void locate(ForwardShared<C>& shared, const ForwardParams& params) {
+    const Work work = decode_work<C>(params);
+    const int kv_head = work.head / params.group;
+    shared.work = work;
+    shared.tiles = KeyTiles::of<C>(params, work);
+    shared.keys = row_at(params.k, params.k_strides, work.batch_entry, work.k_start, kv_head);
+    shared.values = row_at(params.v, params.v_strides, work.batch_entry, work.k_start, kv_head) + work.chunk * C.block_dv;
+}
+
+// Normalised O and lse of the block's rows to where they belong: the results, or a split's partial state.
+template <ForwardConfig C, int kM, int kN>
+__device__ __forceinline__ void store_results(const float (&O)[kM][kN][4], const float (&lse)[kM][2],
+                                              ForwardShared<C>& shared, const ForwardParams& params) {
+    const Work& work = shared.work;
+    const Place<kM> here;
+    const int token = work.q_start + work.row_begin;
+    if constexpr (C.split) {
+        float* o = static_cast<float*>(params.o) + work.split * params.o_split_stride;
+        store_partial<C>(O, row_at(o, params.o_strides, work.batch_entry, token, work.head), params.o_strides[1], work,
+                         here.row, here.lane);
+    } else {
+        __syncthreads();  // everyone is done with Q, K and V, whose place O takes
+        u16* o = row_at(static_cast<u16*>(params.o), params.o_strides, work.batch_entry, token, work.head);
+        store_output<C>(O, o, params.o_strides[1], work, ptx::shared_address(shared.o), here.row, here.lane);
+    }
+    if (params.lse != nullptr && work.chunk == 0) {
+        float* target = params.lse + work.split * params.lse_split_stride + work.batch_entry * params.lse_strides[0] +
+                        work.head * params.lse_strides[1] + token * params.lse_strides[2];
+        store_lse<C>(lse, target, params.lse_strides[2], work, here.row, here.lane);
+    }
+}
+
 template <ForwardConfig C>
 __device__ __forceinline__ void forward(const ForwardParams& params) {
     constexpr int kThreads = 32 * C.num_warps, kStages = C.num_stages;
@@ -61,18 +95,12 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
 
     extern __shared__ __align__(128) unsigned char shared_memory[];
     auto& shared = *reinterpret_cast<ForwardShared<C>*>(shared_memory);
-
     const Work& work = shared.work;
     const KeyTiles& tiles = shared.tiles;
-    if (ptx::thread_index() == 0) {
-        shared.work = decode_work<C>(params);
-        shared.tiles = KeyTiles::of<C>(params, work);
-        const int kv_head = work.head / params.group;
-        shared.keys = row_at(params.k, params.k_strides, work.batch_entry, work.k_start, kv_head);
-        shared.values = row_at(params.v, params.v_strides, work.batch_entry, work.k_start, kv_head) + work.chunk * C.block_dv;
-    }
+    if (ptx::thread_index() == 0) locate<C>(shared, params);
     __syncthreads();  // work and tiles are known to everyone
     if (work.row_begin >= work.len_q) return;
+
     // Start the copy of K(j) or V(j), j the tile at `position`; of a cut tile, only of the visible keys.
     const auto load_k = [&](auto cut, int position) {
         const u32 target = ptx::shared_address(shared.k[position % kStages]);
@@ -95,15 +123,38 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
         else if (position + 1 < tiles.end) start(Flag<false>());
     };
 
-    const auto q_of = [&](Place<kM> here) {
-        return ptx::shared_address(shared.q) + here.row * QTile::kPitch + QTile::lane_by_columns(here.lane);
-    };
     LeftFragments<kM, C.q_in_registers ? kD : 1> q_fragments;
-    OnlineSoftmax<kM> softmax;         // m, l
-    float O[kM][C.block_dv / 8][4];    // unnormalised: 2^(S - m) V, summed over the tiles so far
+    OnlineSoftmax<kM> softmax;       // m, l
+    float O[kM][C.block_dv / 8][4];  // unnormalised: sum of 2^(S - m) V over the tiles so far
     clear(O);
 
-    // One tile of keys: S = Q K(j)^T, P = 2^(S - m), O += P V(j). kCut: some scores of it are masked.
+    const auto q_address = [&](Place<kM> here) {
+        return ptx::shared_address(shared.q) + here.row * QTile::kPitch + QTile::lane_by_columns(here.lane);
+    };
+    // S = Q K(j)^T
+    const auto multiply_qk = [&](float(&S)[kM][2 * kN][4], int position) {
+        const Place<kM> here;
+        const u32 q = q_address(here);
+        const u32 k = ptx::shared_address(shared.k[position % kStages]) + KTile::lane_by_rows(here.lane);
+        clear(S);
+#pragma unroll
+        for (int d = 0; d < kD; ++d) {  // S += Q[:, d] K(j)[:, d]^T
+            if constexpr (!C.q_in_registers) q_fragments.template load_column<QTile>(q, d, 0);
+            multiply_transposed<C.dtype, KTile>(S, q_fragments.value[C.q_in_registers ? d : 0], k, d);
+        }
+    };
+    // O += P V(j)
+    const auto multiply_pv = [&](const float(&P)[kM][2 * kN][4], int position, int lane) {
+        const u32 v = ptx::shared_address(shared.v[position % kStages]) + VTile::lane_by_columns(lane);
+#pragma unroll
+        for (int n = 0; n < kN; ++n) {  // O += P[:, n] V(j)[n, :]
+            u32 left[kM][4];
+            as_left<C.dtype>(left, P, n);
+            multiply<C.dtype, VTile>(O, left, v, n);
+        }
+    };
+
+    // One tile of keys; of a cut one, some scores are masked.
     const auto visit = [&](auto cut, int position) {
         ptx::cp_async_wait<0>();  // this thread's share of K(j), with two stages also V(j), has landed
         __syncthreads();          // everyone's has; everyone is done with V(j-1), with two stages also K(j-1)
@@ -112,16 +163,7 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
         ptx::cp_async_commit();
 
         float S[kM][2 * kN][4];
-        clear(S);
-        const Place<kM> here;
-        const u32 q_address = q_of(here);
-        const u32 k_address = ptx::shared_address(shared.k[position % kStages]) + KTile::lane_by_rows(here.lane);
-#pragma unroll
-        for (int d = 0; d < kD; ++d) {  // S += Q[:, d] K(j)[:, d]^T
-            if constexpr (!C.q_in_registers) q_fragments.template load_column<QTile>(q_address, d, 0);
-            multiply_transposed<C.dtype, KTile>(S, q_fragments.value[C.q_in_registers ? d : 0], k_address, d);
-        }
-
+        multiply_qk(S, position);  // S = Q K(j)^T
         if constexpr (kStages == 1) {
             ptx::cp_async_wait<0>();  // this thread's share of V(j) has landed
             __syncthreads();          // everyone's has; everyone is done with K(j)
@@ -129,18 +171,11 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
             ptx::cp_async_commit();
         }
 
-        const Place<kM> there;
-        const ScoreRule<C> rule(params, work, tiles, work.row_begin + there.row + there.lane / 4, 2 * (there.lane % 4));
-        rule.template apply<cut.value>(S, tiles.tile(position) * C.block_n);
-        softmax.update(S, O, rule.multiplier());  // S becomes P
-
-        const u32 v_address = ptx::shared_address(shared.v[position % kStages]) + VTile::lane_by_columns(there.lane);
-#pragma unroll
-        for (int n = 0; n < kN; ++n) {  // O += P[:, n] V(j)[n, :]
-            u32 P[kM][4];
-            as_left<C.dtype>(P, S, n);
-            multiply<C.dtype, VTile>(O, P, v_address, n);
-        }
+        const Place<kM> here;
+        const ScoreRule<C> rule(params, work, tiles, work.row_begin + here.row + here.lane / 4, 2 * (here.lane % 4));
+        rule.template apply<cut.value>(S, tiles.tile(position) * C.block_n);  // S = mask(softcap(S) + bias)
+        softmax.update(S, O, rule.multiplier());  // S becomes P = 2^(S - m), O and l follow a grown m
+        multiply_pv(S, position, here.lane);      // O += P V(j)
     };
 
     if (tiles.begin < tiles.end) {
@@ -153,30 +188,14 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
         if constexpr (C.q_in_registers) {
             ptx::cp_async_wait<0>();  // this thread's share of Q has landed
             __syncthreads();          // everyone's has
-            q_fragments.template load<QTile>(q_of(Place<kM>()));
+            q_fragments.template load<QTile>(q_address(Place<kM>()));
         }
         int position = tiles.begin;
         for (; position < tiles.cut_end(); ++position) visit(Flag<true>(), position);
         for (; position < tiles.end; ++position) visit(Flag<false>(), position);
     }
-    softmax.finish(O);  // m becomes lse
-
-    const Place<kM> here;
-    const int token = work.q_start + work.row_begin;
-    if constexpr (C.split) {
-        float* o = static_cast<float*>(params.o) + work.split * params.o_split_stride;
-        store_partial<C>(O, row_at(o, params.o_strides, work.batch_entry, token, work.head), params.o_strides[1], work,
-                         here.row, here.lane);
-    } else {
-        __syncthreads();  // everyone is done with Q, K and V, whose place O takes
-        u16* o = row_at(static_cast<u16*>(params.o), params.o_strides, work.batch_entry, token, work.head);
-        store_output<C>(O, o, params.o_strides[1], work, ptx::shared_address(shared.o), here.row, here.lane);
-    }
-    if (params.lse != nullptr && work.chunk == 0) {
-        float* lse = params.lse + work.split * params.lse_split_stride + work.batch_entry * params.lse_strides[0] +
-                     work.head * params.lse_strides[1] + token * params.lse_strides[2];
-        store_lse<C>(softmax.m, lse, params.lse_strides[2], work, here.row, here.lane);
-    }
+    softmax.finish(O);  // O /= l, m becomes lse
+    store_results<C>(O, softmax.m, shared, params);
 }
 
 }  // namespace cuflash
