@@ -68,7 +68,7 @@ def test_info_on_a_base_install_says_why_there_is_no_device(capsys, monkeypatch)
 
 def test_compile_fills_the_cache_with_a_progress_bar(capsys, own_cache, monkeypatch):
     two = shipped_configs("sm_86")[:2]
-    monkeypatch.setattr(compile_command, "shipped_configs", lambda arch: two)
+    monkeypatch.setattr(compile_command, "shipped_configs", lambda *chosen: two)
     arguments = ["compile", "--arch", "sm_86", "sm_86"]
     assert main(arguments) == 0
     text = capsys.readouterr().out
@@ -80,14 +80,14 @@ def test_compile_fills_the_cache_with_a_progress_bar(capsys, own_cache, monkeypa
     assert {path: path.stat().st_mtime_ns for path in own_cache.glob("*.cubin")} == cubins
 
 
-def test_compile_selects_by_dtype_and_head_dim():
-    every = compile_command.selected("sm_80", None, None)
-    assert every == list(shipped_configs("sm_80"))
-    some = compile_command.selected("sm_80", ["bfloat16"], [64, 128])
-    assert some
-    assert set(some) < set(every)
-    assert {getattr(config, "dtype", "bfloat16") for config in some} == {"bfloat16"}
-    assert {config.head_dim_v for config in some} == {64, 128}
+def test_compile_selects_by_dtype_and_head_dim(capsys, own_cache, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(compile_command, "compile_all", lambda jobs: compiled.extend(jobs) or iter(()))
+    assert main(["compile", "--arch", "sm_80", "--dtype", "bfloat16", "--head-dim", "64", "72"]) == 0
+    configs = [config for config, _ in compiled]
+    assert {getattr(config, "dtype", "bfloat16") for config in configs} == {"bfloat16"}
+    assert {config.head_dim_v for config in configs} == {64, 72}
+    assert set(configs) & set(shipped_configs("sm_80"))
 
 
 def test_a_failing_kernel_fails_the_batch(own_cache):
@@ -110,7 +110,8 @@ def test_no_jobs():
         (["compile"], "required: --arch"),
         (["compile", "--arch", "sm_81"], "invalid choice: 'sm_81' (choose from"),
         (["compile", "--arch", "sm_80", "--dtype", "int8"], "invalid choice: 'int8' (choose from"),
-        (["compile", "--arch", "sm_80", "--head-dim", "many"], "invalid int value: 'many'"),
+        (["compile", "--arch", "sm_80", "--head-dim", "many"], "many: must be 1 to 512"),
+        (["compile", "--arch", "sm_80", "--head-dim", "513"], "513: must be 1 to 512"),
         (["info", "--verbose"], "unrecognized arguments: --verbose"),
     ],
 )

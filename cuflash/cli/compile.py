@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 
 from cuflash.errors import DeviceError
 from cuflash.jit.ahead import compile_all
 from cuflash.jit.cache import cache_dir
 from cuflash.jit.compiler import EXTRAS
 from cuflash.plan.arch import ARCHS
-from cuflash.plan.config import ForwardConfig, KernelConfig
 from cuflash.plan.shipped import DTYPES, HEAD_DIMS, shipped_configs
 
 
@@ -21,11 +19,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Compile the shipped kernel configurations, or those that the options select, into the cache.",
     )
     parser.add_argument("--arch", nargs="+", required=True, choices=tuple(ARCHS), metavar="ARCH", help=", ".join(ARCHS))
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="only for these dtypes of q, k and v")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="of q, k and v; both by default")
+    sizes = ", ".join(map(str, HEAD_DIMS))
     parser.add_argument(
-        "--head-dim", nargs="+", type=int, choices=HEAD_DIMS, metavar="DIM", help=f"only for {HEAD_DIMS}"
+        "--head-dim", nargs="+", type=_head_dim, default=HEAD_DIMS, metavar="DIM", help=f"1 to 512; by default {sizes}"
     )
     parser.set_defaults(run=run)
+
+
+def _head_dim(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 512:
+        raise argparse.ArgumentTypeError(f"{text}: must be 1 to 512")
+    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     except ImportError:
         raise DeviceError(f"rich is not installed: compiling needs {EXTRAS}") from None
     archs = dict.fromkeys(args.arch)
-    jobs = [(config, arch) for arch in archs for config in selected(arch, args.dtype, args.head_dim)]
+    jobs = [(config, arch) for arch in archs for config in shipped_configs(arch, args.dtype, args.head_dim)]
     name = TextColumn("{task.description}")
     with Progress(TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), name) as progress:
         task = progress.add_task("", total=len(jobs))
@@ -43,13 +48,3 @@ def run(args: argparse.Namespace) -> int:
         progress.update(task, description="")
     print(f"{len(jobs)} kernels for {', '.join(archs)} in {cache_dir()}")
     return 0
-
-
-def selected(arch: str, dtypes: Sequence[str] | None, head_dims: Sequence[int] | None) -> list[KernelConfig]:
-    """The shipped configurations for an architecture that produce one of the dtypes and head dimensions."""
-
-    def wanted(config: KernelConfig) -> bool:
-        dtype = config.dtype if isinstance(config, ForwardConfig) else config.out_dtype
-        return dtype in (dtypes or DTYPES) and config.head_dim_v in (head_dims or HEAD_DIMS)
-
-    return [config for config in shipped_configs(arch) if wanted(config)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from math import gcd
 
 from cuflash.plan.arch import arch_named
 from cuflash.plan.config import KernelConfig
@@ -14,13 +16,19 @@ DTYPES = ("float16", "bfloat16")
 LONG = 4096
 
 
-def shipped_configs(arch: str) -> tuple[KernelConfig, ...]:
-    """What the plan chooses on an architecture for the common problems: each once, in a fixed order."""
+def shipped_configs(
+    arch: str, dtypes: Sequence[str] = DTYPES, head_dims: Sequence[int] = HEAD_DIMS
+) -> tuple[KernelConfig, ...]:
+    """What the plan chooses on an architecture for the common problems: each once, in a fixed order.
+
+    Any of the kernels' dtypes and head dimensions, 1 to 512; rows are taken as contiguous.
+    """
     chosen: dict[KernelConfig, None] = {}
-    for dtype in DTYPES:
-        for head_dim in HEAD_DIMS:
+    for dtype in dtypes:
+        for head_dim in head_dims:
+            row_bytes = gcd(16, 2 * head_dim)
             for problem in _problems(head_dim, dtype):
-                plan = plan_forward(problem, arch_named(arch), load_bytes=16, store_bytes=16)
+                plan = plan_forward(problem, arch_named(arch), load_bytes=row_bytes, store_bytes=row_bytes)
                 for launch in (plan.forward, plan.combine):
                     if launch is not None:
                         chosen[launch.config] = None

@@ -6,11 +6,10 @@ import json
 
 import pytest
 
-from cuflash.cli.compile import selected
 from cuflash.jit import compile_cubin, resources
 from cuflash.plan.arch import ARCHS
 from cuflash.plan.cost import shared_bytes
-from cuflash.plan.shipped import DTYPES
+from cuflash.plan.shipped import DTYPES, shipped_configs
 from docs import make_resources
 
 
@@ -18,7 +17,7 @@ from docs import make_resources
 @pytest.mark.parametrize("arch", ARCHS)
 def test_no_shipped_kernel_spills_or_warns(arch, dtype):
     broken = {}
-    for config in selected(arch, [dtype], None):
+    for config in shipped_configs(arch, [dtype]):
         log = json.loads(compile_cubin(config, arch).with_suffix(".json").read_text())["log"]
         if make_resources.spills(resources(config, arch)) or "warning" in log:
             broken[config] = log
