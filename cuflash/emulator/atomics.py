@@ -46,8 +46,10 @@ OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
 }
 
 
-def apply_atomic(view: np.ndarray, index: np.ndarray, operation: str, values: tuple, t: str) -> np.ndarray:
-    """Apply an operation at view[index[k]] for k = 0, 1, ... in this order; returns what each found there.
+def apply_atomic(view: np.ndarray, index: np.ndarray, operation: str, values: tuple, t: str) -> tuple[np.ndarray, bool]:
+    """Apply an operation at view[index[k]] for k = 0, 1, ... in this order.
+
+    Returns what each found there, and whether any of them changed something.
 
     view : memory as one array of elements; index, values : (n,).
     """
@@ -61,7 +63,7 @@ def apply_atomic(view: np.ndarray, index: np.ndarray, operation: str, values: tu
     new_place = np.r_[True, places[1:] != places[:-1]]
     starts = np.flatnonzero(new_place)
     rank = np.arange(len(places)) - np.repeat(starts, np.diff(np.r_[starts, len(places)]))
-    found = np.empty(len(places), view.dtype)
+    found, changed = np.empty(len(places), view.dtype), False
     sorted_values = tuple(v[order] for v in values)
     by_rank = np.argsort(rank, kind="stable")
     edges = np.searchsorted(rank[by_rank], np.arange(rank.max() + 2))
@@ -69,7 +71,9 @@ def apply_atomic(view: np.ndarray, index: np.ndarray, operation: str, values: tu
         turn = by_rank[begin:end]
         old = view[places[turn]]
         found[turn] = old
-        view[places[turn]] = function(old, *(v[turn] for v in sorted_values))
+        new = function(old, *(v[turn] for v in sorted_values))
+        changed |= bool((new != old).any())
+        view[places[turn]] = new
     result = np.empty_like(found)
     result[order] = found
-    return result
+    return result, changed

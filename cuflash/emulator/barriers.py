@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 class Barriers:
     """State of sixteen barriers per block.
 
-    arrived : threads that have arrived; expected : threads to wait for (0: nobody came yet); members : warps among
-        the arrived;
-    waiting : barrier that each warp waits at, or -1; site : where it waits.
+    arrived : threads that have arrived; expected : threads to wait for (0: nobody came yet); brought : what the
+        warps that arrived knew then, in terms of Clocks;
+    waiting : barrier that each warp waits at, or -1; sites : where it waits;
+    given : threads whose predicate held, threads that gave one, of a reduction; reduced : the same when the barrier
+        last let go.
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -27,12 +29,10 @@ class Barriers:
         shape = (machine.blocks, NAMED_BARRIERS)
         self.arrived = np.zeros(shape, np.int64)
         self.expected = np.zeros(shape, np.int64)
-        self.members = np.zeros((*shape, machine.warps), bool)
+        self.brought = np.zeros((*shape, machine.warps), np.int32)
         self.waiting = np.full((machine.blocks, machine.warps), -1, np.int64)
-        self.given = np.zeros(
-            (*shape, 2), np.int64
-        )  # threads whose predicate held, threads that gave one, of a reduction
-        self.reduced = np.zeros((*shape, 2), np.int64)  # the same when the barrier last let go
+        self.given = np.zeros((*shape, 2), np.int64)
+        self.reduced = np.zeros((*shape, 2), np.int64)
         self.sites: dict[tuple[int, int], Site] = {}
 
     def arrive(self, lanes: Lanes, site: Site, number: np.ndarray, count: np.ndarray | None, wait: bool) -> bool:
@@ -48,9 +48,9 @@ class Barriers:
             and not self.arrived.any()
         ):
             self._check_number(site, int(number))
-            rows = np.arange(machine.blocks)
-            self.members[rows, int(number)] = True
-            self._release(rows, int(number))
+            machine.clocks.join()
+            self.reduced[:, int(number)] = self.given[:, int(number)]
+            self.given[:, int(number)] = 0
             return True
         shape = lanes.shape[:2]
         rows, warps = (np.broadcast_to(x[:, :, 0], shape).reshape(-1) for x in (lanes.rows, lanes.warp))
@@ -72,7 +72,7 @@ class Barriers:
         over = self.arrived[rows, numbers] > expected
         if over.any():
             raise self._wrong(lanes, site, over, f"more threads arrive at barrier {numbers[over][0]} than it counts")
-        self.members[rows, numbers, warps] = True
+        np.maximum.at(self.brought, (rows, numbers), machine.clocks.arrive(rows, warps))
         if wait:
             self.waiting[rows, warps] = numbers
             for row, warp in zip(rows.tolist(), warps.tolist(), strict=True):
@@ -99,14 +99,15 @@ class Barriers:
         return held > 0 if operation == "or" else held == all_of_them
 
     def _release(self, rows: np.ndarray, number: int) -> None:
-        self.machine.clocks.join(rows, self.members[rows, number])
+        freed, warps = np.nonzero(self.waiting[rows] == number)
+        freed = rows[freed]
+        self.machine.clocks.learn(freed, warps, self.brought[freed, number])
+        self.waiting[freed, warps] = -1
         self.reduced[rows, number] = self.given[rows, number]
         self.given[rows, number] = 0
-        part = self.waiting[rows]
-        self.waiting[rows] = np.where(part == number, -1, part)
         self.arrived[rows, number] = 0
         self.expected[rows, number] = 0
-        self.members[rows, number] = False
+        self.brought[rows, number] = 0
 
     @staticmethod
     def _check_number(site: Site, number: int) -> None:

@@ -145,6 +145,7 @@ class CopyQueue:
         machine.shared.history.land(record.offsets, record.size, slots, tid)
 
     def _write(self, record: Pending) -> None:
+        self.machine.changes += 1
         word = record.data.dtype.itemsize
         view = self.machine.shared.data.view(record.data.dtype)
         index = record.offsets >> (word.bit_length() - 1)

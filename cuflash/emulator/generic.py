@@ -36,12 +36,19 @@ class GenericSpace:
         }
 
     def load(
-        self, lanes: Lanes, site: int, address: np.ndarray, guard: np.ndarray | None, dtype: np.dtype, count: int
+        self,
+        lanes: Lanes,
+        site: int,
+        address: np.ndarray,
+        guard: np.ndarray | None,
+        dtype: np.dtype,
+        count: int,
+        strong: bool = False,
     ) -> tuple:
         """Read `count` elements per lane."""
         result: tuple | None = None
         for space, local, part in self._split(lanes, site, "load", address, guard):
-            values = space.load(lanes, site, local, part, dtype, count)
+            values = space.load(lanes, site, local, part, dtype, count, strong)
             if result is None:
                 result = values
             else:
@@ -49,11 +56,18 @@ class GenericSpace:
         return (np.zeros((), dtype),) * count if result is None else result
 
     def store(
-        self, lanes: Lanes, site: int, address: np.ndarray, guard: np.ndarray | None, dtype: np.dtype, values: tuple
+        self,
+        lanes: Lanes,
+        site: int,
+        address: np.ndarray,
+        guard: np.ndarray | None,
+        dtype: np.dtype,
+        values: tuple,
+        strong: bool = False,
     ) -> None:
         """Write elements per lane."""
         for space, local, part in self._split(lanes, site, "store", address, guard):
-            space.store(lanes, site, local, part, dtype, values)
+            space.store(lanes, site, local, part, dtype, values, strong)
 
     def atomic(
         self,

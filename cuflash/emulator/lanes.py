@@ -186,6 +186,7 @@ class Lanes(WarpOperations):
         sizes["total_smem_size"] = sizes["aggr_smem_size"] = machine.shared.size
         if name in ("clock", "clock_hi", "clock64", "globaltimer"):
             machine.ticks += 1
+            machine.changes += 1
             return np.array(
                 machine.ticks >> (32 if name == "clock_hi" else 0),
                 np.uint64 if "64" in name or "timer" in name else np.uint32,
@@ -198,10 +199,22 @@ class Lanes(WarpOperations):
         """A warp-wide synchronisation: what lanes of a warp did before is ordered before what they do next."""
         self.machine.clocks.order_lanes(self)
 
-    def release(self) -> None:
-        """A release or fence at device scope."""
-        self.machine.writers.release(self)
+    def release(self, device: bool) -> None:
+        """A release or fence, of the block or of the whole device."""
+        self.machine.clocks.release(self)
+        if device:
+            self.machine.writers.release(self)
 
-    def acquire(self) -> None:
-        """An acquire or fence at device scope."""
-        self.machine.writers.acquire(self)
+    def acquire(self, device: bool) -> None:
+        """An acquire or fence, of the block or of the whole device."""
+        self.machine.clocks.acquire(self)
+        if device:
+            self.machine.writers.acquire(self)
+
+    def publish(self) -> None:
+        """A strong write follows."""
+        self.machine.clocks.publish(self)
+
+    def hear(self) -> None:
+        """A strong read came before."""
+        self.machine.clocks.hear(self)

@@ -1,9 +1,9 @@
 """A batch of blocks in execution: its registers and memory, and the scheduler that decides which lanes run next.
 
 Every lane has a program counter (the number of a basic block of code). Normally the lowest one in the whole batch
-runs next, so lanes that parted meet again as early as they can; now and then the warp that has waited longest runs
-instead, so that a loop that waits for another warp cannot starve it. With a random order, single warps run ahead
-until they must wait.
+runs next, so lanes that parted meet again as early as they can; now and then the lane that has waited longest runs
+instead, with those at its side, so that a loop that waits for another lane cannot starve it. With a random order,
+single warps run ahead until they must wait.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from cuflash.emulator.generic import GenericSpace
 from cuflash.emulator.ir import Imm, Reg
 from cuflash.emulator.lanes import Lanes
 from cuflash.emulator.memory import GlobalMemory, LocalMemory, Parameters
+from cuflash.emulator.progress import Watch
 from cuflash.emulator.races import SharedHistory
 from cuflash.emulator.report import Counters
 from cuflash.emulator.shared import SharedMemory
@@ -29,7 +30,7 @@ from cuflash.emulator.translate import Code, Translation
 from cuflash.emulator.writers import GlobalWriters
 
 ABSENT = EXIT + 1  # program counter of lanes past the end of the block
-FAIR_EVERY = 64
+FAIR_EVERY = 16  # turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +89,10 @@ class Machine:
         self.whole = Lanes(self, mask=None if self.all_present else self.present)
         self.uniform: int | None = 0
         self.pc = np.where(self.present, 0, ABSENT)
-        self.last_run = np.zeros((count, self.warps), np.int64)
-        self.steps = 0
+        self.turns = 0  # codes that have run
+        self.last_turn = np.zeros(self.pc.shape, np.int64)  # of each lane
+        self.changes = 0  # that memory has seen, as far as a waiting loop could notice
+        self.watch = Watch(self)
         self.random = None if launch.warp_order is None else np.random.default_rng((launch.warp_order, first))
         self.priority = np.zeros((count, self.warps))
 
@@ -114,6 +117,9 @@ class Machine:
             if self.random is not None:
                 self._part()
             while True:
+                self.turns += 1
+                if self.turns >= self.watch.next:
+                    self.watch.look()
                 if self.uniform is not None:
                     if self.uniform == EXIT:
                         return
@@ -134,6 +140,7 @@ class Machine:
         for k, value in zip(code.outs, result, strict=False):
             lanes.put(registers, self.owned, k, value)
         self.counters.executed(code, lanes)
+        self.watch.ran.add(code.block.index)
         return result[len(code.outs) :]
 
     def _advance(self, code: Code, lanes: Lanes, extra: tuple) -> None:
@@ -178,8 +185,13 @@ class Machine:
     def _part(self) -> None:
         """From one program counter for all to one per lane."""
         if self.uniform is not None:
-            self.pc = np.where(self.present, self.uniform, ABSENT)
+            self.pc = self.places()
+            self.last_turn[...] = self.turns
             self.uniform = None
+
+    def places(self) -> np.ndarray:
+        """The program counter of every lane."""
+        return self.pc if self.uniform is None else np.where(self.present, self.uniform, ABSENT)
 
     def _goto(self, lanes: Lanes, target: int | np.ndarray) -> None:
         if lanes is self.whole and self.uniform is not None:
@@ -204,15 +216,14 @@ class Machine:
 
     def _step(self) -> bool:
         """Choose lanes, run them for one block of code; False when nobody is left."""
-        self.steps += 1
         first = self.pc[0, 0, 0]
         idle = (self.barriers.waiting >= 0)[:, :, None]
         if self.random is None and not idle.any() and ((self.pc == first) | (self.pc == ABSENT)).all():
             self.uniform = int(first)
             return True
         ready = np.where(idle, EXIT, self.pc)
-        blocked = np.zeros(self.last_run.shape, bool)
-        pool = np.ones(self.last_run.shape, bool) if self.random is None else self._favourites(ready, blocked)
+        blocked = np.zeros((self.blocks, self.warps), bool)
+        pool = np.ones(blocked.shape, bool) if self.random is None else self._favourites(ready, blocked)
         while True:
             candidates = np.where(pool[:, :, None], ready, EXIT)
             target = self._choose(candidates)
@@ -228,29 +239,29 @@ class Machine:
             if gather is not None:
                 short = self._short_of(target, here, gather)
                 if short.any():
+                    self.last_turn[short[:, :, None] & here] = self.turns
                     ready = np.where(short[:, :, None] & here, EXIT, ready)
                     blocked |= short & (ready >= EXIT).all(-1)
                     here &= ~short[:, :, None]
                     if not here.any():
                         continue
             lanes = self._select(here)
-            self.last_run[here.any(-1)] = self.steps
+            self.last_turn[here] = self.turns
             code = self.translation.codes[target]
             self._advance(code, lanes, self._execute(code, lanes))
             return True
 
     def _choose(self, candidates: np.ndarray) -> int:
-        if self.steps % FAIR_EVERY:
+        if self.turns % FAIR_EVERY:
             return int(candidates.min())
-        lowest = candidates.min(-1)
-        waited = np.where(lowest < EXIT, self.last_run, np.iinfo(np.int64).max)
-        return int(lowest.reshape(-1)[waited.argmin()])
+        waited = np.where(candidates < EXIT, self.last_turn, np.iinfo(np.int64).max)
+        return int(candidates.reshape(-1)[waited.argmin()])
 
     def _favourites(self, ready: np.ndarray, blocked: np.ndarray) -> np.ndarray:
         """One warp per block: of those that can run, the one whose turn the dice say it is."""
-        if self.random is not None and self.steps % 32 == 1:
-            self.priority = self.random.random(self.last_run.shape)
         able = (ready < EXIT).any(-1) & ~blocked
+        if self.random is not None and self.turns % 32 == 1:
+            self.priority = self.random.random(able.shape)
         best = np.where(able, self.priority, -1).argmax(1)
         pool = np.zeros_like(able)
         pool[np.arange(len(best)), best] = True

@@ -109,7 +109,14 @@ class LocalMemory(FlatSpace):
         return address + thread * self.stride
 
     def load(
-        self, lanes: Lanes, site: int, address: np.ndarray, guard: np.ndarray | None, dtype: np.dtype, count: int
+        self,
+        lanes: Lanes,
+        site: int,
+        address: np.ndarray,
+        guard: np.ndarray | None,
+        dtype: np.dtype,
+        count: int,
+        strong: bool = False,
     ) -> tuple:
         mask = lanes.active(guard)
         if mask is NOBODY:
@@ -118,13 +125,21 @@ class LocalMemory(FlatSpace):
         return values if mask is None else tuple(lanes.spread(v, mask) for v in values)
 
     def store(
-        self, lanes: Lanes, site: int, address: np.ndarray, guard: np.ndarray | None, dtype: np.dtype, values: tuple
+        self,
+        lanes: Lanes,
+        site: int,
+        address: np.ndarray,
+        guard: np.ndarray | None,
+        dtype: np.dtype,
+        values: tuple,
+        strong: bool = False,
     ) -> None:
         mask = lanes.active(guard)
         if mask is NOBODY:
             return
         offsets = self._offsets(lanes, site, address, dtype.itemsize * len(values), mask)
         scatter(self.data, offsets, dtype, tuple(lanes.pick(v, mask) for v in values))
+        lanes.machine.changes += 1
 
 
 class Parameters(FlatSpace):
@@ -139,7 +154,14 @@ class Parameters(FlatSpace):
         return np.frombuffer(self.data.data, dtype, 1, offset)[0]
 
     def load(
-        self, lanes: Lanes, site: int, address: np.ndarray, guard: np.ndarray | None, dtype: np.dtype, count: int
+        self,
+        lanes: Lanes,
+        site: int,
+        address: np.ndarray,
+        guard: np.ndarray | None,
+        dtype: np.dtype,
+        count: int,
+        strong: bool = False,
     ) -> tuple:
         mask = lanes.active(guard)
         if mask is NOBODY:
@@ -223,7 +245,14 @@ class GlobalMemory:
     # --- for lanes
 
     def load(
-        self, lanes: Lanes, site: int, address: np.ndarray, guard: np.ndarray | None, dtype: np.dtype, count: int
+        self,
+        lanes: Lanes,
+        site: int,
+        address: np.ndarray,
+        guard: np.ndarray | None,
+        dtype: np.dtype,
+        count: int,
+        strong: bool = False,
     ) -> tuple:
         """Read `count` elements per lane; lanes without access get zero."""
         mask = lanes.active(guard)
@@ -236,7 +265,14 @@ class GlobalMemory:
         return values if mask is None else tuple(lanes.spread(v, mask) for v in values)
 
     def store(
-        self, lanes: Lanes, site: int, address: np.ndarray, guard: np.ndarray | None, dtype: np.dtype, values: tuple
+        self,
+        lanes: Lanes,
+        site: int,
+        address: np.ndarray,
+        guard: np.ndarray | None,
+        dtype: np.dtype,
+        values: tuple,
+        strong: bool = False,
     ) -> None:
         """Write elements per lane."""
         mask = lanes.active(guard)
@@ -245,7 +281,9 @@ class GlobalMemory:
         width = dtype.itemsize * len(values)
         offsets = self.locate(lanes, site, lanes.flat(address, mask), width, mask, OWNED, "write", flat=True)
         lanes.machine.counters.global_access(lanes, offsets, width, mask, True)
-        lanes.machine.writers.write(lanes, site, offsets, width, mask)
+        if not strong:
+            lanes.machine.writers.write(lanes, site, offsets, width, mask)
+        lanes.machine.changes += 1
         scatter(self.data, offsets, dtype, tuple(lanes.flat(v, mask) for v in values))
         self._mark_written(offsets, width)
 
@@ -271,7 +309,8 @@ class GlobalMemory:
         lanes.machine.counters.global_access(lanes, offsets, dtype.itemsize, mask, True)
         view = self.data.view(dtype)
         index = offsets >> (dtype.itemsize.bit_length() - 1)
-        old = apply_atomic(view, index, operation, tuple(lanes.flat(v, mask) for v in values), t)
+        old, changed = apply_atomic(view, index, operation, tuple(lanes.flat(v, mask) for v in values), t)
+        lanes.machine.changes += changed
         return old.reshape(lanes.shape) if mask is None else lanes.spread(old, mask)
 
     def locate(

@@ -34,10 +34,17 @@ class SharedHistory:
         self.level = np.zeros(blocks * stride // LINE, np.int8)  # of each line
 
     def read(
-        self, lanes: Lanes, site: int, offsets: np.ndarray, width: int, mask: np.ndarray | None, together: bool = False
+        self,
+        lanes: Lanes,
+        site: int,
+        offsets: np.ndarray,
+        width: int,
+        mask: np.ndarray | None,
+        together: bool = False,
+        strong: bool = False,
     ) -> None:
         """Check and note a read. offsets are picked by mask; together: the warp reads as one (ldmatrix)."""
-        self._history(offsets, width).read(lanes, site, offsets, width, mask, together)
+        self._history(offsets, width).read(lanes, site, offsets, width, mask, together, strong)
 
     def write(
         self,
@@ -47,10 +54,10 @@ class SharedHistory:
         width: int,
         mask: np.ndarray | None,
         in_flight: bool = False,
-        atomic: bool = False,
+        strong: bool = False,
     ) -> None:
         """Check and note a write by all active lanes; offsets is one axis, one element per active lane."""
-        self._history(offsets, width).write(lanes, site, offsets, width, mask, in_flight, atomic)
+        self._history(offsets, width).write(lanes, site, offsets, width, mask, in_flight, strong)
 
     def land(self, offsets: np.ndarray, width: int, slots: np.ndarray, tid: np.ndarray) -> None:
         """A copy in flight has been waited for by its thread."""
@@ -87,7 +94,7 @@ class History:
         count = blocks * (stride >> self.shift)
         self.last_write = np.full(count, NEVER, np.int32)
         self.last_read = np.zeros((count if check else 0, warps), np.int32)
-        self.atomic = np.zeros(0, bool)
+        self.strong = np.zeros(0, bool)
 
     def inherit(self, lines: np.ndarray, other: History) -> None:
         """Take over what a coarser history knows of some lines."""
@@ -95,9 +102,9 @@ class History:
         parts = other.granule // self.granule
         pieces = first[..., None] * parts + np.arange(parts)
         self.last_write[pieces] = other.last_write[first][..., None]
-        if other.atomic.size:
-            self._keep_atomics()
-            self.atomic[pieces] = other.atomic[first][..., None]
+        if other.strong.size:
+            self._keep_strong()
+            self.strong[pieces] = other.strong[first][..., None]
         if self.check:
             known = other.last_read[first]
             limit = self.clocks.limit[:, 0, 0][lines // (self.stride // LINE)]
@@ -106,10 +113,14 @@ class History:
             ).all():  # else all warps have seen these reads: no need to keep them
                 self.last_read[pieces] = known[..., None, :]
 
-    def _keep_atomics(self) -> None:
-        """From now on, know of every granule whether its last write was atomic."""
-        if not self.atomic.size:
-            self.atomic = np.zeros(len(self.last_write), bool)
+    def _keep_strong(self) -> None:
+        """From now on, know of every granule whether its last write was strong (volatile, relaxed, atomic)."""
+        if not self.strong.size:
+            self.strong = np.zeros(len(self.last_write), bool)
+
+    def _weak(self, pieces: np.ndarray, written: np.ndarray, strong: bool) -> np.ndarray:
+        """Last writes, without those that a strong access may meet unordered."""
+        return np.where(self.strong[pieces], 0, written) if strong and self.strong.size else written
 
     def pieces(self, offsets: np.ndarray, width: int) -> np.ndarray:
         """Granules of accesses at byte offsets: a new last axis when an access covers several."""
@@ -119,9 +130,20 @@ class History:
         return first[..., None] + np.arange(width >> self.shift)
 
     def read(
-        self, lanes: Lanes, site: int, offsets: np.ndarray, width: int, mask: np.ndarray | None, together: bool = False
+        self,
+        lanes: Lanes,
+        site: int,
+        offsets: np.ndarray,
+        width: int,
+        mask: np.ndarray | None,
+        together: bool = False,
+        strong: bool = False,
     ) -> None:
-        """Check and note a read. offsets are picked by mask; together: the warp reads as one (ldmatrix)."""
+        """Check and note a read. offsets are picked by mask; together: the warp reads as one (ldmatrix).
+
+        A strong read goes unnoted: a strong write that follows is no race, and a plain one will itself be met by what
+        is strong.
+        """
         pieces = self.pieces(offsets, width)
         wide = pieces.ndim > np.ndim(offsets)
         written = self.last_write.take(pieces)
@@ -134,8 +156,9 @@ class History:
         if not (written < ((limit[..., None] if wide else limit) << THREAD_BITS)).all():
             if written.max() == NEVER:
                 raise self._uninitialized(lanes, site, offsets, written == NEVER, wide, mask)
-            self._check_writes(lanes, site, offsets, written, wide, mask, "read")
-        self._note_read(lanes, pieces, wide, mask, together)
+            self._check_writes(lanes, site, offsets, self._weak(pieces, written, strong), wide, mask, "read")
+        if not strong:
+            self._note_read(lanes, pieces, wide, mask, together)
 
     def _note_read(self, lanes: Lanes, pieces: np.ndarray, wide: bool, mask: np.ndarray | None, together: bool) -> None:
         together = together or (mask is None and np.shape(pieces)[2] == 1)  # one address for the whole warp
@@ -164,7 +187,7 @@ class History:
         width: int,
         mask: np.ndarray | None,
         in_flight: bool = False,
-        atomic: bool = False,
+        strong: bool = False,
     ) -> None:
         """Check and note a write by all active lanes; offsets is one axis, one element per active lane."""
         pieces = self.pieces(offsets, width)
@@ -178,8 +201,8 @@ class History:
         every = mask if mask is not None else np.ones(lanes.shape, bool)
         written = self.last_write.take(pieces)
         if not (written < limit << THREAD_BITS).all():
-            unseen = np.where(self.atomic[pieces], 0, written) if atomic and self.atomic.size else written
-            self._check_writes(lanes, site, offsets, np.where(unseen == NEVER, 0, unseen), wide, every, "write")
+            unseen = self._weak(pieces, np.where(written == NEVER, 0, written), strong)
+            self._check_writes(lanes, site, offsets, unseen, wide, every, "write")
         read = self.last_read[pieces]
         if not (read < limit[..., None] << LANE_BITS).all():
             self._check_reads(lanes, site, offsets, read, wide, every)
@@ -188,11 +211,11 @@ class History:
         mine = ((IN_FLIGHT if in_flight else time) << THREAD_BITS | tid).astype(np.int32)
         mine = mine[:, None] if wide else mine
         self.last_write[pieces] = mine
-        if atomic:
-            self._keep_atomics()
-        if self.atomic.size:
-            self.atomic[pieces] = atomic
-        if not atomic and not (self.last_write.take(pieces) == mine).all():
+        if strong:
+            self._keep_strong()
+        if self.strong.size:
+            self.strong[pieces] = strong
+        if not strong and not (self.last_write.take(pieces) == mine).all():
             other = self.last_write.take(pieces)
             raise self._race(
                 lanes, site, offsets, other != mine, other, wide, every, "write", "a write of the same instruction by"

@@ -33,7 +33,14 @@ class SharedMemory(FlatSpace):
         return offsets
 
     def load(
-        self, lanes: Lanes, site: int, address: np.ndarray, guard: np.ndarray | None, dtype: np.dtype, count: int
+        self,
+        lanes: Lanes,
+        site: int,
+        address: np.ndarray,
+        guard: np.ndarray | None,
+        dtype: np.dtype,
+        count: int,
+        strong: bool = False,
     ) -> tuple:
         """Read `count` elements per lane; lanes without access get zero."""
         mask = lanes.active(guard)
@@ -43,12 +50,19 @@ class SharedMemory(FlatSpace):
         offsets = self._locate(lanes, site, lanes.pick(address, mask), width, mask)
         lanes.machine.counters.shared_access(lanes, offsets, width, mask)
         offsets = offsets + lanes.pick(lanes.rows, mask) * self.stride
-        self.history.read(lanes, site, offsets, width, mask)
+        self.history.read(lanes, site, offsets, width, mask, strong=strong)
         values = gather(self.data, offsets, dtype, count)
         return values if mask is None else tuple(lanes.spread(v, mask) for v in values)
 
     def store(
-        self, lanes: Lanes, site: int, address: np.ndarray, guard: np.ndarray | None, dtype: np.dtype, values: tuple
+        self,
+        lanes: Lanes,
+        site: int,
+        address: np.ndarray,
+        guard: np.ndarray | None,
+        dtype: np.dtype,
+        values: tuple,
+        strong: bool = False,
     ) -> None:
         """Write elements per lane."""
         mask = lanes.active(guard)
@@ -58,7 +72,8 @@ class SharedMemory(FlatSpace):
         picked = self._locate(lanes, site, lanes.pick(address, mask), width, mask)
         lanes.machine.counters.shared_access(lanes, picked, width, mask)
         offsets = self.everyone(lanes, picked, mask)
-        self.history.write(lanes, site, offsets, width, mask)
+        self.history.write(lanes, site, offsets, width, mask, strong=strong)
+        lanes.machine.changes += 1
         scatter(self.data, offsets, dtype, tuple(lanes.flat(v, mask) for v in values))
 
     def everyone(self, lanes: Lanes, picked: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
@@ -85,9 +100,11 @@ class SharedMemory(FlatSpace):
         picked = self._locate(lanes, site, lanes.pick(address, mask), dtype.itemsize, mask)
         lanes.machine.counters.shared_access(lanes, picked, dtype.itemsize, mask)
         offsets = self.everyone(lanes, picked, mask)
-        self.history.write(lanes, site, offsets, dtype.itemsize, mask, atomic=True)
+        self.history.write(lanes, site, offsets, dtype.itemsize, mask, strong=True)
         index = offsets >> (dtype.itemsize.bit_length() - 1)
-        old = apply_atomic(self.data.view(dtype), index, operation, tuple(lanes.flat(v, mask) for v in values), t)
+        flat = tuple(lanes.flat(v, mask) for v in values)
+        old, changed = apply_atomic(self.data.view(dtype), index, operation, flat, t)
+        lanes.machine.changes += changed
         return old.reshape(lanes.shape) if mask is None else lanes.spread(old, mask)
 
     def load_matrix(self, lanes: Lanes, site: int, address: np.ndarray, number: int, transposed: bool) -> tuple:
@@ -114,6 +131,7 @@ class SharedMemory(FlatSpace):
         offsets = np.broadcast_to(offsets + lanes.rows * self.stride, (*lanes.shape[:2], 8 * number))
         mask = np.broadcast_to(np.arange(32) < 8 * number, lanes.shape)
         self.history.write(lanes, site, offsets.reshape(-1), 16, None if number == 4 else mask)
+        lanes.machine.changes += 1
         rows = np.stack([np.broadcast_to(v, lanes.shape) for v in values], axis=-2)
         if transposed:
             matrices = rows.view(U2).reshape(*lanes.shape[:2], number, 8, 8).swapaxes(-1, -2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cuflash.emulator import Device
+from cuflash.emulator import Device, Race, Uninitialized
 from tests.emulator.programs import compile_cuda, run_cuda
 
 LANES = np.arange(32)
@@ -293,3 +293,36 @@ def test_atomics_beside_narrower_accesses_are_no_race() -> None:
     for order in (None, 0, 1, 2):
         result, _ = run_cuda(source, {"y": np.empty(64, np.int32)}, block=64, outputs=("y",), warp_order=order)
         assert (result["y"] == 63 * 32 + 1).all()
+
+
+HAND_OVER = """
+extern "C" __global__ void kernel(int* y) {
+  __shared__ int s[64]; int i = threadIdx.x;
+  if (i < 32) { FIRST asm volatile("bar.arrive 1, 64;" ::: "memory"); SECOND }
+  else { BEFORE asm volatile("bar.sync 1, 64;" ::: "memory"); AFTER }
+}
+"""
+
+
+@pytest.mark.parametrize("warp_order", [None, 0, 1, 2])
+@pytest.mark.parametrize(
+    ("race", "places"),
+    [
+        (False, {"FIRST": "s[i] = i;", "AFTER": "y[i] = s[i ^ 32];"}),
+        (True, {"SECOND": "s[i] = i;", "AFTER": "y[i] = s[i ^ 32];"}),  # written after the arrival that announced it
+        (True, {"BEFORE": "s[i ^ 32] = i;", "SECOND": "y[i] = s[i];"}),  # who only arrives has waited for nothing
+        (True, {"BEFORE": "y[i] = s[i ^ 32];", "SECOND": "s[i] = i;"}),
+        (False, {"BEFORE": "s[i] = i;", "AFTER": "y[i] = s[i ^ 1];"}),  # who waits is in step with its own warp
+        (True, {"FIRST": "s[i] = i;", "SECOND": "y[i] = s[i ^ 1];"}),  # who arrives is not
+    ],
+)
+def test_arriving_gives_order_and_waiting_takes_it(race: bool, places: dict[str, str], warp_order: int | None) -> None:
+    source = HAND_OVER
+    for place in ("FIRST", "SECOND", "BEFORE", "AFTER"):
+        source = source.replace(place, places.get(place, ""))
+    arrays = {"y": np.zeros(64, np.int32)}
+    if not race:
+        run_cuda(source, arrays, block=64, warp_order=warp_order)
+        return
+    with pytest.raises((Race, Uninitialized)):
+        run_cuda(source, arrays, block=64, warp_order=warp_order)

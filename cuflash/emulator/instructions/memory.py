@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from cuflash.emulator.instructions.table import Modifiers, call_slots, instruction
 from cuflash.emulator.ir import KINDS, Imm, Instruction, Mem, Operand, Reg, Sym, bits
@@ -29,18 +29,27 @@ def _space(b: BlockBuilder, m: Modifiers) -> str:
     return "generic"
 
 
-def _hints(m: Modifiers) -> tuple[bool, bool]:
-    """Take ordering, scope and cache hints away; whether the access acquires or releases, and whether a cache policy
-    follows."""
-    ordered = m.flag("acquire", "release", "acq_rel")
-    m.flag("volatile", "relaxed", "weak", "mmio")
-    m.flag(*SCOPES)
+class Order(NamedTuple):
+    """How an access is ordered: strong ones (all but weak) may meet each other in one place without being a race."""
+
+    strong: bool
+    acquires: bool
+    releases: bool
+    device: bool  # beyond the block
+    policy: bool  # a cache policy follows the operands
+
+
+def _order(m: Modifiers) -> Order:
+    """Take ordering, scope and cache hints away."""
+    semantics = m.option("acquire", "release", "acq_rel", "volatile", "relaxed", "mmio", "weak", default="weak")
+    scope = m.option(*SCOPES)
     policy = False
     for name in list(m.rest):
         if name in HINTS or name.startswith(("L1::", "L2::")):
             m.rest.remove(name)
             policy |= name == "L2::cache_hint"
-    return ordered, policy
+    acquires, releases = semantics in ("acquire", "acq_rel"), semantics in ("release", "acq_rel")
+    return Order(semantics != "weak", acquires, releases, scope != "cta", policy)
 
 
 def _address(b: BlockBuilder, place: Operand, space: str) -> str:
@@ -50,7 +59,7 @@ def _address(b: BlockBuilder, place: Operand, space: str) -> str:
 @instruction("ld", "ldu", operands=(2, 3))
 def ld(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     space = _space(b, m)
-    ordered, _ = _hints(m)
+    order = _order(m)
     count = int((m.option("v2", "v4", "v8") or "v1")[1])
     kind = KINDS[m.type()]
     targets = b.parts(i.operands[0])
@@ -67,9 +76,12 @@ def ld(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
         return
     address = _address(b, place, space)
     b.access(space, bits(kind) * count)
-    values = b.temporary(f"{MEMORY[space]}.load(X, {b.site()}, {address}, {b.mask()}, {kind.upper()}, {count})")
-    if ordered:
-        b.emit("X.acquire()")
+    strong = ", True" if order.strong else ""
+    values = b.temporary(f"{MEMORY[space]}.load(X, {b.site()}, {address}, {b.mask()}, {kind.upper()}, {count}{strong})")
+    if order.strong:
+        b.emit("X.hear()")
+    if order.acquires:
+        b.emit(f"X.acquire({order.device})")
     for k, target in enumerate(targets):
         b.write(target, kind, f"{values}[{k}]")
 
@@ -77,7 +89,7 @@ def ld(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
 @instruction("st", operands=(2, 3))
 def st(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     space = _space(b, m)
-    ordered, _ = _hints(m)
+    order = _order(m)
     count = int((m.option("v2", "v4", "v8") or "v1")[1])
     kind = KINDS[m.type()]
     sources = b.parts(i.operands[1])
@@ -91,9 +103,12 @@ def st(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     address = _address(b, i.operands[0], space)
     b.access(space, bits(kind) * count)
     values = "".join(f"{b.read(x, kind)}, " for x in sources)
-    if ordered:
-        b.emit("X.release()")
-    b.emit(f"{MEMORY[space]}.store(X, {b.site()}, {address}, {b.mask()}, {kind.upper()}, ({values}))")
+    if order.releases:
+        b.emit(f"X.release({order.device})")
+    if order.strong:
+        b.emit("X.publish()")
+    strong = ", True" if order.strong else ""
+    b.emit(f"{MEMORY[space]}.store(X, {b.site()}, {address}, {b.mask()}, {kind.upper()}, ({values}){strong})")
 
 
 @instruction("atom", operands=(3, 4, 5))
@@ -101,7 +116,7 @@ def st(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
 def atom(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     """Atomic read-modify-write; red is atom without a result."""
     space = _space(b, m)
-    ordered, _ = _hints(m)
+    order = _order(m)
     m.flag("noftz")
     operation = m.one_of("add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec")
     count = int((m.option("v2", "v4") or "v1")[1])
@@ -115,14 +130,16 @@ def atom(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     address = _address(b, operands[0], space)
     b.access(space, bits(kind))
     values = "".join(f"{b.read(x, kind)}, " for x in operands[1 : 3 if operation == "cas" else 2])
-    if ordered:
-        b.emit("X.release()")
+    if order.releases:
+        b.emit(f"X.release({order.device})")
+    b.emit("X.publish()")
     result = b.temporary(
         f"{MEMORY[space]}.atomic(X, {b.site()}, {address}, {b.mask()}, {kind.upper()}, {operation!r}, ({values}), "
         f"{t!r})"
     )
-    if ordered:
-        b.emit("X.acquire()")
+    b.emit("X.hear()")
+    if order.acquires:
+        b.emit(f"X.acquire({order.device})")
     if target is not None:
         b.write(target, kind, result)
 
@@ -148,7 +165,7 @@ def cp(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     m.one_of("ca", "cg")
     m.one_of("shared", "shared::cta")
     m.one_of("global")
-    _, policy = _hints(m)
+    policy = _order(m).policy
     b.count_class("async_copy")
     target, source, size, *rest = i.operands
     if not isinstance(size, Imm) or size.value not in (4, 8, 16):

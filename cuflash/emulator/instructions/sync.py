@@ -46,9 +46,8 @@ def fence(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     scope = m.option("cta", "gl", "gpu", "sys", "cluster", default="gpu")
     m.flag("sc", "acq_rel", "acquire", "release")
     b.count_class("fence")
-    if scope != "cta":
-        b.emit("X.release()")
-        b.emit("X.acquire()")
+    b.emit(f"X.acquire({scope != 'cta'})")
+    b.emit(f"X.release({scope != 'cta'})")
 
 
 @instruction("shfl", operands=5)
