@@ -61,9 +61,11 @@ def registers(config: ForwardConfig) -> int:
     queries = rows * round_up(config.head_dim, 16) // 4 if config.q_in_registers else 4 * rows
     rest = 46 + 4 * rows
     if config.bias_dtype != "none":
-        rest += 34 + scores // 2  # of the bias, what is on its way
+        rest += 12
     if config.split:
         rest += 2
+    if round_up(config.head_dim, 16) % 32 == 16:
+        rest += 16  # a row of such a tile takes more copies of a thread
     if config.num_stages == 1:
         rest += 10  # copies start while the scores are held
     if config.softcapped:

@@ -31,16 +31,16 @@ struct ScoreRule {
     const ForwardParams& params;
     const Work& work;
     const KeyTiles& tiles;
-    const char* bias;  // of this batch entry and head
-    int row;           // this lane's first query, of its sequence
-    int column;        // this lane's first key, of its tile
+    const char* head_bias = nullptr;  // bias of this batch entry and head
+    int row;     // this lane's first query, of its sequence
+    int column;  // this lane's first key, of its tile
 
     __device__ __forceinline__ ScoreRule(const ForwardParams& params, const Work& work, const KeyTiles& tiles, int row,
                                          int column)
         : params(params), work(work), tiles(tiles), row(row), column(column) {
         if constexpr (kBiased) {
             const i64 offset = work.sequence * params.bias_strides[0] + work.head * params.bias_strides[1];
-            bias = static_cast<const char*>(params.bias) + offset * bytes_of(C.bias_dtype);
+            head_bias = static_cast<const char*>(params.bias) + offset * bytes_of(C.bias_dtype);
         }
     }
 
@@ -68,17 +68,19 @@ struct ScoreRule {
     template <bool kCut, int kN>
     __device__ __forceinline__ void transform(float (&S)[kN][4], int h, int row, int key) const {
         const float inner = C.softcapped ? params.scale / params.softcap : params.scale * kLog2E;
-        const i64 first = row * params.bias_strides[2] + key * params.bias_strides[3];
+        const char* bias =
+            head_bias + (row * params.bias_strides[2] + key * params.bias_strides[3]) * bytes_of(C.bias_dtype);
+        const i64 step = 8 * params.bias_strides[3] * bytes_of(C.bias_dtype);  // bytes from one n to the next
         const int begin = tiles.key_begin - key, end = tiles.key_end - key;
 #pragma unroll
-        for (int n = 0; n < kN; ++n)
+        for (int n = 0; n < kN; ++n, bias += step)
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 float score = S[n][2 * h + e] * inner;
                 if constexpr (C.softcapped) score = params.softcap * kLog2E * tanh_accurate(score);
                 if constexpr (kBiased) {
                     if (row < work.len_q && (!kCut || (begin <= 8 * n + e && 8 * n + e < end))) {
-                        const i64 offset = first + (8 * n + e) * params.bias_strides[3];
+                        const i64 offset = e * params.bias_strides[3];
                         score = fmaf(load_element<C.bias_dtype>(bias, offset), kLog2E, score);
                     }
                 }
