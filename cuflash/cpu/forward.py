@@ -21,17 +21,11 @@ import numpy as np
 
 from cuflash.cpu.keys import Keys, KeyTile
 from cuflash.cpu.threads import num_threads, run_all
+from cuflash.cpu.tiles import MAX_ROWS, add_bias, groups_that_see, hide, keys_of_a_tile, sum_dtype
 from cuflash.problem import Problem
 
-# OpenBLAS keeps a matrix product of up to 2 * 4 * 65536 multiply-adds and a matrix-vector product of fewer than
-# 4 * 2304 on the calling thread.
-MAX_PRODUCT = 2 * 4 * 65536 - 1
-MAX_MATVEC = 4 * 2304 - 1
-
-MAX_ROWS = 64  # queries of one product
 MIN_ITEM_ROWS, MAX_ITEM_ROWS = 240, 528  # queries of an item: its scores stay in L2
 MIN_ITEMS = 32  # items are made small to have that many
-MAX_KEYS = 512
 SMALL = 2**16  # scores below which threads cost more than they save
 
 # If every |score| <= SAFE_SCORE and the largest |v| is in SAFE_VALUES, exp(S) V does not overflow in float32 and loses
@@ -126,18 +120,13 @@ def _items(problem: Problem, sequences: list[_Sequence]) -> Iterator[Callable[[]
         rows = -(-len_q // groups)
         items = -(-len_q // min(MAX_ITEM_ROWS, max(MIN_ITEM_ROWS, wanted_rows)))
         item_rows = -(-groups // items) * rows
-        most = min(MAX_MATVEC, MAX_PRODUCT // max(1, problem.head_dim, problem.head_dim_v)) // rows
-        tile = max(8, min(MAX_KEYS, most) // 8 * 8)
+        tile = keys_of_a_tile(rows, max(problem.head_dim, problem.head_dim_v))
         key_range = problem.key_range(0, len_q, len_q, len_k)
         for kv_head in range(problem.num_kv_heads):
-            keys = Keys(sequence.k[:, kv_head], sequence.v[:, kv_head], *key_range, tile, _sum_dtype(problem))
+            keys = Keys(sequence.k[:, kv_head], sequence.v[:, kv_head], *key_range, tile, sum_dtype(problem))
             for head in range(kv_head * problem.group, (kv_head + 1) * problem.group):
                 for begin in reversed(range(0, len_q, item_rows)):
                     yield _Item(problem, sequence, keys, head, begin, min(begin + item_rows, len_q), rows).run
-
-
-def _sum_dtype(problem: Problem) -> type:
-    return np.float64 if problem.dtype == "float64" else np.float32
 
 
 class _Item:
@@ -171,7 +160,7 @@ class _Item:
         sequence.out[self.begin : self.end, self.head] = self.o.reshape(-1, problem.head_dim_v)[:count]
 
     def _begin_state(self) -> None:
-        problem, dtype = self.problem, _sum_dtype(self.problem)
+        problem, dtype = self.problem, sum_dtype(self.problem)
         groups = -(-(self.end - self.begin) // self.rows)
         q: np.ndarray = np.zeros((groups * self.rows, problem.head_dim), dtype)
         q[: self.end - self.begin] = self.sequence.q[self.begin : self.end, self.head]
@@ -201,8 +190,7 @@ class _Item:
         if low is not None or high is not None:
             low = None if low is None else low - tile.begin
             high = None if high is None else high - tile.begin
-            first = 0 if high is None else max(0, -high // rows)
-            last = len(q) if low is None else min(len(q), (n - 1 - low) // rows + 1)
+            first, last = groups_that_see(n, len(q), rows, low, high)
             if first >= last:
                 return
             if last - first < len(q):
@@ -215,13 +203,13 @@ class _Item:
         if self.sequence.bias is not None:
             begin = self.begin + first * rows
             end = min(begin + len(q) * rows, self.end)
-            _add_bias(s, self.sequence.bias[self.head, begin:end, tile.begin : tile.end])
+            add_bias(s, self.sequence.bias[self.head, begin:end, tile.begin : tile.end])
         if self.online:
-            _hide(s, low, high, first, -np.inf)
+            hide(s, low, high, first, -np.inf)
             _subtract_maxima(s, m_i, l_i, o)
         self.exp(s, out=s)
         if not self.online:
-            _hide(s, low, high, first, 0)
+            hide(s, low, high, first, 0)
         l_i += np.matmul(s, self.ones[:n], out=row_sums)  # l_i += P 1
         o += np.matmul(s, tile.v, out=pv)  # O += P V
         for j, value in tile.odd_rows:  # 0 * NaN is NaN: only rows that see the key take part
@@ -239,36 +227,3 @@ def _subtract_maxima(s: np.ndarray, m_i: np.ndarray, l_i: np.ndarray, o: np.ndar
     if (factor != 1).any():
         l_i *= factor
         o *= factor[:, :, None]
-
-
-def _add_bias(s: np.ndarray, bias: np.ndarray) -> None:
-    """S += bias (queries of s less the padding, keys); a broadcast axis is read once."""
-    count = len(bias)
-    bias = bias[tuple(slice(1) if stride == 0 else slice(None) for stride in bias.strides)]
-    s.reshape(-1, s.shape[2])[:count] += bias.astype(s.dtype, copy=False)
-
-
-def _hide(s: np.ndarray, low: int | None, high: int | None, first: int, value: float) -> None:
-    """Set s (groups, rows, n) to `value` outside of the window: row i of the item sees columns i + low to i + high.
-
-    `first` is the item's group with which s begins.
-    """
-    groups, rows, n = s.shape
-    if high is not None:
-        high += first * rows
-        end = min(groups, -(-(n - 1 - high) // rows))  # rows from n - 1 - high on see every column
-        if end > 0:
-            np.copyto(s[:end], value, where=_by_diagonal(np.arange(1 - end * rows, n) > high, (end, rows, n)))
-    if low is not None:
-        low += first * rows
-        begin = max(0, (1 - low) // rows)  # rows up to -low see every column
-        if begin < groups:
-            shape = (groups - begin, rows, n)
-            hidden = np.arange(1 - shape[0] * rows, n) < low + begin * rows
-            np.copyto(s[begin:], value, where=_by_diagonal(hidden, shape))
-
-
-def _by_diagonal(diagonals: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """A Toeplitz view (groups, rows, n): row i, counted over the groups, and column j have the element of j - i."""
-    groups, rows, _ = shape
-    return np.ndarray(shape, bool, diagonals, groups * rows - 1, (-rows, -1, 1))
