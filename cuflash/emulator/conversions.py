@@ -63,15 +63,16 @@ INT_RANGE = {f"{s}{w}": (np.iinfo(f"{s}{w}").min, np.iinfo(f"{s}{w}").max) for s
 
 
 def float_to_int(x: np.ndarray, kind: str) -> np.ndarray:
-    """An integral float to an integer type, saturating; NaN becomes 0 (32 bits and less) or the largest magnitude bit
-    (64)."""
+    """An integral float to an integer type, saturating; NaN becomes the top bit alone if either has 64 bits, else 0."""
     low, high = INT_RANGE[kind]
-    x = np.asarray(x).astype(F8)
+    x = np.asarray(x)
+    unsigned = f"u{kind[1]}"
+    nan = np.array(1 << 8 * int(kind[1]) - 1 if "8" in (kind[1], x.dtype.str[2]) else 0, unsigned).view(kind)
+    x = x.astype(F8)
     top, bottom = x >= float(high), x <= float(low)
     inside = np.where(top | bottom | np.isnan(x), 0.0, x)
     result = inside.astype(kind) if kind != "u8" else inside.astype(U8)
     result = np.where(top, np.array(high, kind), np.where(bottom, np.array(low, kind), result))
-    nan = np.array(1 << 63, U8).view(kind) if kind[1] == "8" else np.array(0, kind)
     return np.where(np.isnan(x), nan, result).astype(kind)
 
 

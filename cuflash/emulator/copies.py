@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cuflash.emulator.memory import NOBODY, OWNED, WRITTEN
+from cuflash.emulator.memory import GLOBAL_BASE, NOBODY, OWNED, WRITTEN, check_alignment
 
 if TYPE_CHECKING:
     from cuflash.emulator.lanes import Lanes
@@ -96,6 +96,7 @@ class CopyQueue:
             if chosen.all():
                 part, chosen = every, slice(None)
             width = size if count == size else 1
+            check_alignment(lanes, site, address[chosen].view(np.int64) - GLOBAL_BASE, size, part, "global")
             starts = memory.locate(lanes, site, address[chosen], width, part, OWNED | WRITTEN, "read", flat=True)
             counters.global_access(lanes, starts, int(count), part, False)
             if width == size:

@@ -102,16 +102,16 @@ def multiply_add_bfloat(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarr
     return np.where(inexact, (bits + step).view(F4), result)
 
 
-def order_min(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Minimum that ignores a NaN and orders -0 below +0."""
-    result = np.fmin(a, b)
+def order_min(a: np.ndarray, b: np.ndarray, nan: bool) -> np.ndarray:
+    """Minimum that orders -0 below +0; a NaN wins, or loses against a number."""
+    result = np.minimum(a, b) if nan else np.fmin(a, b)
     zero = (result == 0) & (a == b)
     return np.where(zero & (np.signbit(a) | np.signbit(b)), -np.abs(result), result) if zero.any() else result
 
 
-def order_max(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Maximum that ignores a NaN and orders -0 below +0."""
-    result = np.fmax(a, b)
+def order_max(a: np.ndarray, b: np.ndarray, nan: bool) -> np.ndarray:
+    """Maximum that orders -0 below +0; a NaN wins, or loses against a number."""
+    result = np.maximum(a, b) if nan else np.fmax(a, b)
     zero = (result == 0) & (a == b)
     return np.where(zero & ~(np.signbit(a) & np.signbit(b)), np.abs(result), result) if zero.any() else result
 

@@ -2,7 +2,8 @@
 
 A block that begins with a warp-wide instruction may only run when the warp has gathered (Block.gather). Such
 instructions therefore open a block of their own; what follows them stays in it, because nothing inside a block parts
-the lanes again.
+the lanes again. Block-wide barriers and matrix instructions need every lane of the warp; those with a member mask
+(shuffles, votes) its lanes that have not exited.
 """
 
 from __future__ import annotations
@@ -41,7 +42,11 @@ class Terminator:
 
 @dataclass(slots=True)
 class Block:
-    """A basic block. gather is None, "warp" (all live lanes must be here) or the operand that holds the member mask."""
+    """A basic block.
+
+    gather : None; "warp", all lanes of the warp must be here and none may have exited; "live", all that have not
+        exited; or the operand that holds the mask of those that must be
+    """
 
     index: int
     body: list[Instruction] = field(default_factory=list)
@@ -56,6 +61,9 @@ class Flow:
 
     function: Function
     blocks: list[Block]
+
+
+GATHERED = (("warp", "warp"), ("warp", "live"), ("live", "live"))  # what a block gathers, and thereby also gathers
 
 
 def build(program: Program, function: Function) -> Flow:
@@ -85,7 +93,7 @@ def build(program: Program, function: Function) -> Flow:
         if closed:
             block, closed = open_block(), False
         gather = _gather(item)
-        if gather is not None and (block.gather != gather or not isinstance(gather, str)):
+        if gather is not None and (block.gather, gather) not in GATHERED:
             if block.body or block.gather is not None:
                 block = open_block()
             block.gather = gather
@@ -137,7 +145,7 @@ def _site(block: Block) -> Site | None:
 
 
 def _gather(item: Instruction) -> str | Imm | Reg | None:
-    """What an instruction needs of its warp: None, "warp", or its member mask."""
+    """What an instruction needs of its warp, as in Block.gather."""
     if item.opcode in BARRIERS:
         if "warp" not in item.modifiers:
             return "warp"
@@ -151,7 +159,7 @@ def _gather(item: Instruction) -> str | Imm | Reg | None:
 
 def _mask(item: Instruction, operand: Operand) -> str | Imm | Reg:
     if isinstance(operand, Imm):
-        return "warp" if operand.value % (1 << 32) == FULL_MASK else operand
+        return "live" if operand.value % (1 << 32) == FULL_MASK else operand
     if not isinstance(operand, Reg):
         raise UnsupportedInstruction(f"member mask {operand} is not supported", item.site)
     return operand

@@ -124,6 +124,8 @@ class Machine:
                     if self.uniform == EXIT:
                         return
                     code, lanes = self.translation.codes[self.uniform], self.whole
+                    if isinstance(code.block.gather, (Imm, Reg)):
+                        self._short_of(self.uniform, self.present, code.block.gather)
                     self._advance(code, lanes, self._execute(code, lanes))
                 elif not self._step():
                     return
@@ -269,23 +271,27 @@ class Machine:
 
     def _short_of(self, target: int, here: np.ndarray, gather: str | Imm | Reg) -> np.ndarray:
         """Warps (blocks, warps) that have not gathered the lanes which the code at `target` needs."""
-        if isinstance(gather, str):
-            needed = self.present
+        gone = self.places() == EXIT
+        needed = self.present if isinstance(gather, str) else self._members(target, here, gather)
+        missing = needed & ~here & ~gone
+        if gather == "warp":
+            lost = (gone & needed).any(-1) & here.any(-1) & ~missing.any(-1)
+            if lost.any():
+                raise self._diverged(lost, here, target, "needs the whole warp, but some of its lanes have exited")
+        return missing.any(-1) & here.any(-1)
+
+    def _members(self, target: int, here: np.ndarray, gather: Imm | Reg) -> np.ndarray:
+        """The lanes that the masks of the lanes `here` name."""
+        if isinstance(gather, Imm):
+            masks = np.array(gather.value % (1 << 32), np.uint32)
         else:
-            if isinstance(gather, Imm):
-                members = np.array(gather.value % (1 << 32), np.uint32)
-            else:
-                members = self.registers[self.translation.names[gather.name]]
-            members = np.broadcast_to(np.asarray(members).view(np.uint32), here.shape)
-            bits = (members[..., :, None] >> np.arange(32, dtype=np.uint32)) & 1
-            needed = (bits.astype(bool) & here[..., :, None]).any(-2) & self.present
-        short = (needed & ~here).any(-1) & here.any(-1)
-        gone = needed & (self.pc == EXIT) & short[:, :, None]
-        others = needed & ~here & (self.pc < EXIT)
-        lost = gone.any(-1) & ~others.any(-1)
-        if lost.any():
-            raise self._diverged(lost, here, target, "some lanes of the warp have exited")
-        return short
+            masks = self.registers[self.translation.names[gather.name]]
+        masks = np.broadcast_to(np.asarray(masks).view(np.uint32), here.shape)
+        named = ((masks[..., :, None] >> np.arange(32, dtype=np.uint32)) & 1).astype(bool)
+        strangers = here & ~np.diagonal(named, axis1=-2, axis2=-1)
+        if strangers.any():
+            raise self._diverged(strangers.any(-1), strangers, target, "is executed by lanes that its mask leaves out")
+        return (named & here[..., :, None]).any(-2) & self.present
 
     def _select(self, here: np.ndarray) -> Lanes:
         warps = np.asarray(here.any(-1))
@@ -310,7 +316,7 @@ class Machine:
         item = block.body[0] if block.body else block.end.instruction
         lane = int(np.flatnonzero(here[slot, warp])[0])
         return BarrierDivergence(
-            f"{item.opcode if item else 'the instruction'} needs the whole warp, but {why}",
+            f"{item.opcode if item else 'the instruction'} {why}",
             item.site if item else None,
             self.block_coordinates(slot),
             self.thread_coordinates(32 * warp + lane),
@@ -328,7 +334,9 @@ class Machine:
             here[slot, warp] = self.pc[slot, warp] == target
             picked = np.zeros(live.shape[:2], bool)
             picked[slot, warp] = True
-            return self._diverged(picked, here, target, f"its lanes wait at {len(places)} different places")
+            return self._diverged(
+                picked, here, target, f"needs the whole warp, but its lanes wait at {len(places)} different places"
+            )
         waiting = self.barriers.waiting
         slot, warp = (int(x[0]) for x in np.nonzero(waiting >= 0))
         number = int(waiting[slot, warp])

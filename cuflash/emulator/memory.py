@@ -303,7 +303,7 @@ class GlobalMemory:
         if mask is NOBODY:
             return np.zeros((), dtype)
         offsets = self.locate(
-            lanes, site, lanes.flat(address, mask), dtype.itemsize, mask, OWNED | WRITTEN, "read", flat=True
+            lanes, site, lanes.flat(address, mask), dtype.itemsize, mask, OWNED | WRITTEN, "update", flat=True
         )
         lanes.machine.counters.global_access(lanes, offsets, dtype.itemsize, mask, False)
         lanes.machine.counters.global_access(lanes, offsets, dtype.itemsize, mask, True)
@@ -334,7 +334,7 @@ class GlobalMemory:
             state, parts = word_view(self.state, width)
             index = offsets >> (min(width, 8).bit_length() - 1)
             pattern = words(int(need), min(width, 8))
-            forbidden = words(int(CONSTANT), min(width, 8)) if verb == "write" else pattern.dtype.type(0)
+            forbidden = words(int(CONSTANT), min(width, 8)) if verb != "read" else pattern.dtype.type(0)
             good = np.ones((), bool)
             for k in range(parts):
                 found = state.take(index + k)
@@ -371,7 +371,7 @@ class GlobalMemory:
             self.state[first : first + width] if 0 <= first <= len(self.data) - width else np.zeros(width, np.uint8)
         )
         kind: type[EmulatorFault]
-        if (states & OWNED).all() and (states & CONSTANT).any() and verb == "write":
+        if (states & OWNED).all() and (states & CONSTANT).any() and verb != "read":
             kind, what = OutOfBounds, "constant memory"
         elif (states & OWNED).all():
             kind, what = Uninitialized, "bytes that nothing has written"

@@ -59,6 +59,10 @@ class SharedHistory:
         """Check and note a write by all active lanes; offsets is one axis, one element per active lane."""
         self._history(offsets, width).write(lanes, site, offsets, width, mask, in_flight, strong)
 
+    def require(self, lanes: Lanes, site: int, offsets: np.ndarray, width: int, mask: np.ndarray | None) -> None:
+        """Raise Uninitialized unless something has written all of it; offsets as in write."""
+        self._history(offsets, width).require(lanes, site, offsets, width, mask)
+
     def land(self, offsets: np.ndarray, width: int, slots: np.ndarray, tid: np.ndarray) -> None:
         """A copy in flight has been waited for by its thread."""
         self._history(offsets, width).land(offsets, width, slots, tid)
@@ -156,7 +160,8 @@ class History:
         if not (written < ((limit[..., None] if wide else limit) << THREAD_BITS)).all():
             if written.max() == NEVER:
                 raise self._uninitialized(lanes, site, offsets, written == NEVER, wide, mask)
-            self._check_writes(lanes, site, offsets, self._weak(pieces, written, strong), wide, mask, "read")
+            unseen = self._weak(pieces, written, strong)
+            self._check_writes(lanes, site, offsets, unseen, wide, mask, "read", together)
         if not strong:
             self._note_read(lanes, pieces, wide, mask, together)
 
@@ -221,6 +226,14 @@ class History:
                 lanes, site, offsets, other != mine, other, wide, every, "write", "a write of the same instruction by"
             )
 
+    def require(self, lanes: Lanes, site: int, offsets: np.ndarray, width: int, mask: np.ndarray | None) -> None:
+        """Raise Uninitialized unless something has written all of it; offsets as in write."""
+        pieces = self.pieces(offsets, width)
+        never = self.last_write.take(pieces) == NEVER
+        if never.any():
+            every = mask if mask is not None else np.ones(lanes.shape, bool)
+            raise self._uninitialized(lanes, site, offsets, never, pieces.ndim > 1, every)
+
     def land(self, offsets: np.ndarray, width: int, slots: np.ndarray, tid: np.ndarray) -> None:
         """A copy in flight has been waited for by its thread."""
         if not self.check:
@@ -241,12 +254,13 @@ class History:
         wide: bool,
         mask: np.ndarray | None,
         verb: str,
+        together: bool = False,
     ) -> None:
         time, writer = written >> THREAD_BITS, written & THREAD_MASK
         row, warp, tid = (lanes.pick(x, mask) for x in (lanes.rows, lanes.warp, lanes.tid))
         if wide:
             row, warp, tid = row[..., None], warp[..., None], tid[..., None]
-        bad = (time > self.clocks.seen[row, warp, writer >> 5]) & ((writer != tid) | (time == IN_FLIGHT))
+        bad = (time > self.clocks.seen[row, warp, writer >> 5]) & (together | (writer != tid) | (time == IN_FLIGHT))
         if bad.any():
             flying = bool(((time == IN_FLIGHT) & bad).reshape(-1)[np.flatnonzero(bad.reshape(-1))[0]])
             what = "a copy still in flight (cp.async) by" if flying else "a write by"

@@ -100,6 +100,8 @@ class SharedMemory(FlatSpace):
         picked = self._locate(lanes, site, lanes.pick(address, mask), dtype.itemsize, mask)
         lanes.machine.counters.shared_access(lanes, picked, dtype.itemsize, mask)
         offsets = self.everyone(lanes, picked, mask)
+        if operation != "exch":
+            self.history.require(lanes, site, offsets, dtype.itemsize, mask)
         self.history.write(lanes, site, offsets, dtype.itemsize, mask, strong=True)
         index = offsets >> (dtype.itemsize.bit_length() - 1)
         flat = tuple(lanes.flat(v, mask) for v in values)
@@ -111,7 +113,6 @@ class SharedMemory(FlatSpace):
         """ldmatrix: lanes 8 j to 8 j + 7 give the rows of matrix j; registers hold two elements of a row, or of a
         column."""
         offsets = self._matrix_rows(lanes, site, address, number)
-        lanes.machine.clocks.order_lanes(lanes)
         offsets = offsets + lanes.rows * self.stride
         self.history.read(RowLanes(lanes, 8 * number), site, offsets, 16, None, together=True)  # type: ignore[arg-type]
         rows = self.data.view(ROW)
@@ -127,7 +128,6 @@ class SharedMemory(FlatSpace):
     ) -> None:
         """stmatrix, the opposite of ldmatrix."""
         offsets = self._matrix_rows(lanes, site, address, number)
-        lanes.machine.clocks.order_lanes(lanes)
         offsets = np.broadcast_to(offsets + lanes.rows * self.stride, (*lanes.shape[:2], 8 * number))
         mask = np.broadcast_to(np.arange(32) < 8 * number, lanes.shape)
         self.history.write(lanes, site, offsets.reshape(-1), 16, None if number == 4 else mask)

@@ -15,7 +15,10 @@ class WarpOperations:
     mask: np.ndarray | None
 
     def shuffle(self, site: int, mode: str, value: np.ndarray, lane: np.ndarray, clamp: np.ndarray) -> tuple:
-        """shfl.sync: the value of another lane, and whether that lane is in range (PTX ISA, shfl.sync)."""
+        """shfl.sync: the value of another lane, and whether that lane is in range (PTX ISA, shfl.sync).
+
+        What comes from a lane that is not here is undefined; it reads as all ones.
+        """
         offset, limit = np.asarray(lane).astype(np.int64) & 31, np.asarray(clamp).astype(np.int64)
         segment, limit = limit >> 8 & 31, limit & 31
         first = LANES & segment
@@ -27,6 +30,9 @@ class WarpOperations:
             source = {"down": LANES + offset, "bfly": LANES ^ offset, "idx": first | (offset & ~segment)}[mode]
             valid = source <= last
         source = np.where(valid, source, LANES)
+        if self.mask is not None:
+            source, value = np.broadcast_to(source, self.shape), np.where(self.mask, value, np.uint32(0xFFFFFFFF))
+            return np.take_along_axis(value, source, -1), valid.reshape((1,) * (3 - valid.ndim) + valid.shape)
         if np.ndim(value) == 0 or value.shape[-1] == 1:
             return value, valid.reshape((1,) * (3 - valid.ndim) + valid.shape)
         if source.ndim == 1 or source.size == 32:

@@ -118,6 +118,9 @@ def test_nan_to_integers() -> None:
     assert evaluate("cvt.rzi.u32.f32 %d, %0;", nan, out="u4")[0] == 0
     assert evaluate("cvt.rzi.u64.f32 %d, %0;", nan, out="u8")[0] == 1 << 63
     assert evaluate("cvt.rzi.s64.f32 %d, %0;", nan, out="i8")[0] == -(1 << 63)
+    assert evaluate("cvt.rzi.s32.f64 %d, %0;", nan.astype("f8"), out="i4")[0] == -(1 << 31)
+    assert evaluate("cvt.rzi.u32.f64 %d, %0;", nan.astype("f8"), out="u4")[0] == 1 << 31
+    assert evaluate("cvt.rzi.s16.f64 %d, %0;", nan.astype("f8"), out="i2")[0] == -(1 << 15)
 
 
 def test_rounding_to_integral_floats() -> None:

@@ -46,6 +46,20 @@ PROGRAMS = {
     ),
     "two writers": (Race, "s[FIX] = i; __syncthreads(); y[i] = s[i / 2];", "i", "races with"),
     "missing warp barrier": (Race, "s[i] = i; FIX y[i] = s[i ^ 1];", "__syncwarp();", r"thread \(0, 0, 0\)|thread"),
+    "shuffle in place of a barrier": (
+        Race,
+        "s[i] = i; int v = __shfl_xor_sync(~0u, i, 1) + __any_sync(~0u, i); FIX y[i] = s[i ^ 1] + v;",
+        "__syncwarp();",
+        "races with a write by thread",
+    ),
+    "matrix load in place of a barrier": (
+        Race,
+        "((int4*)s)[i] = int4{i, i, i, i}; FIX unsigned r;"
+        ' asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"'
+        ' : "=r"(r) : "r"(address(s) + 16 * i)); y[i] = r;',
+        "__syncwarp();",
+        "races with a write by thread",
+    ),
     "barrier of half the threads": (
         Race,
         'if (i < 32) s[i] = i; asm volatile("bar.sync %0, 32;" :: "r"(1 + i / 32) : "memory");'
@@ -115,6 +129,12 @@ PROGRAMS = {
         "^ 1",
         r"shared address 0x\w+: bytes that nothing has written",
     ),
+    "atomic on uninitialised shared": (
+        Uninitialized,
+        "FIX atomicAdd(s + i, 1); y[i] = s[i];",
+        "s[i] = 0;",
+        r"shared address 0x\w+: bytes that nothing has written",
+    ),
     "uninitialised global": (
         Uninitialized,
         "FIX x[i] = y[i]; y[i] = 0;",
@@ -149,6 +169,13 @@ PROGRAMS = {
         "0",
         "not a multiple of 16",
     ),
+    "misaligned short copy": (
+        Misaligned,
+        'asm volatile("cp.async.cg.shared.global [%0], [%1], 16, 4;"'
+        ' :: "r"(address(s + 4 * i)), "l"(x + FIX) : "memory"); y[i] = 1;',
+        "0",
+        "not a multiple of 16",
+    ),
     "misaligned matrix": (
         Misaligned,
         "s[i] = i; s[i + 64] = i; s[i + 128] = i; __syncthreads(); unsigned r;"
@@ -169,11 +196,17 @@ PROGRAMS = {
         "&& false",
         "others have exited",
     ),
-    "shuffle after exits": (
+    "matrix after exits": (
         BarrierDivergence,
-        "if (i >= 40 FIX) return; y[i] = __shfl_xor_sync(~0u, i, 1);",
+        'if (i >= 40 FIX) return; asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y[i]) : "r"(i));',
         "&& false",
-        "have exited",
+        "needs the whole warp, but some of its lanes have exited",
+    ),
+    "lane that its own mask leaves out": (
+        BarrierDivergence,
+        "y[i] = __shfl_xor_sync(0xffffu FIX, i, 1);",
+        "<< 16 | 0xffffu",
+        "shfl is executed by lanes that its mask leaves out",
     ),
     "shuffle in two branches": (
         BarrierDivergence,
@@ -222,6 +255,7 @@ WRONG = {  # what stands for FIX in the program that must fault, where it is not
     "misaligned global": "+ 2 - 4 * (i == 63)",
     "misaligned shared": "+ 2",
     "misaligned copy": "1",
+    "misaligned short copy": "1",
     "misaligned matrix": "8",
     "barrier with odd count": "48",
     "barrier with different counts": "96",
@@ -348,6 +382,8 @@ ret;
             "mma",
         ),
         ("cp.async.bulk.commit_group;", "cp"),
+        ("cp.async.cg.shared.global [%r1], [%rd1], 8;", "with .cg 16"),
+        ("cvt.rn.tf32.f32 %r1, %f1;", "cvt.rn.tf32"),
         ("wgmma.fence.sync.aligned;", "wgmma"),
         ("ld.global.u32 %r1, [%rd1], 7, 8, 9;", "operands"),
         ("cvt.rn.satfinite.e4m3x2.f32 %r1, %f1, %f2;", "cvt"),

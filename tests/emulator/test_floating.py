@@ -180,7 +180,7 @@ def test_minimum_and_maximum() -> None:
         same(evaluate(f"{name}.f32 %d, %0, %1;", a, b, out="f4"), expected)
         result = evaluate(f"{name}.NaN.f32 %d, %0, %1;", a, b, out="f4")
         np.testing.assert_array_equal(np.isnan(result), np.isnan(a) | np.isnan(b))
-        np.testing.assert_array_equal(result[~both_zero], carry(a, b)[~both_zero])
+        same(result, np.where(both_zero, expected, carry(a, b)))
 
 
 @np.errstate(all="ignore")
@@ -297,6 +297,12 @@ def test_saturation() -> None:
     np.testing.assert_array_equal(
         evaluate("fma.rn.sat.f32 %d, %0, 0f3F800000, 0f00000000;", x, out="f4"), [0, 0.25, 1, 0]
     )
+
+
+def test_directed_rounding_keeps_the_sign_of_zero() -> None:
+    zero, one = np.float32([-0.0, 0.0, -0.0, 0.0]), np.float32([1, 1, -1, -1])
+    for mode in ("rn", "rz", "rm", "rp"):
+        assert np.signbit(evaluate(f"mul.{mode}.f32 %d, %0, %1;", zero, one, out="f4")).tolist() == [1, 0, 0, 1]
 
 
 @np.errstate(all="ignore")

@@ -45,6 +45,17 @@ def test_shuffle_tells_whether_the_source_was_in_range() -> None:
     assert result["y"].tolist() == [2 * (i + 4) + 1 if i < 28 else 2 * i for i in range(32)]
 
 
+def test_shuffles_wait_for_the_living_and_the_dead_give_ones() -> None:
+    source = """
+    extern "C" __global__ void kernel(int* y) {
+      int i = threadIdx.x; if (i >= 25) return;
+      y[i] = __shfl_xor_sync(~0u, i, 1); y[32 + i] = __popc(__ballot_sync(~0u, 1)); __syncwarp();
+    }
+    """
+    result, _ = run_cuda(source, {"y": np.full(64, 7, np.int32)})
+    assert result["y"].tolist() == [i ^ 1 for i in range(24)] + [-1] + [7] * 7 + [25] * 25 + [7] * 7
+
+
 def test_votes_and_matches() -> None:
     source = """
     extern "C" __global__ void kernel(const int* x, unsigned* y) {

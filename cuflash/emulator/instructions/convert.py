@@ -26,7 +26,7 @@ def cvt(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     if to in ("f16x2", "bf16x2"):
         _to_pair(b, i, to, source, rounding, relu)
     elif to == "tf32":
-        if rounding not in ("rna", "rn"):
+        if rounding != "rna":
             raise b.unsupported(f"cvt.{rounding}.tf32 is not supported")
         b.write(i.operands[0], "u4", f"to_tf32({_relu(b.read(i.operands[1], 'f4'), relu)})")
     elif to in FLOATS and source in FLOATS:

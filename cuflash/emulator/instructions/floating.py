@@ -45,7 +45,7 @@ def arithmetic(b: BlockBuilder, i: Instruction, m: Modifiers, t: str) -> None:
     expression = _expression(b, i.opcode, values, t, m)
     if direction:
         x, y, *z = (f"{v}.astype(F8)" for v in values)
-        first, second = {"add": (x, y), "sub": (x, f"-{y}"), "mul": (f"{x} * {y}", "F8.type(0)")}.get(
+        first, second = {"add": (x, y), "sub": (x, f"-{y}"), "mul": (f"{x} * {y}", "-F8.type(0)")}.get(
             i.opcode, (f"{x} * {y}", *z)
         )
         expression = f"directed({first}, {second}, {direction!r})"
@@ -72,8 +72,8 @@ def _expression(b: BlockBuilder, opcode: str, values: list[str], t: str, m: Modi
         nan, magnitude = m.flag("NaN"), m.flag("xorsign")
         if magnitude:
             raise b.unsupported(f"{opcode}.xorsign is not supported")
-        short = {"min": "minimum", "max": "maximum"}[opcode] if nan else f"order_{opcode}"
-        return ", ".join([f"{short}({x}", f"{y})"]) if len(values) == 2 else f"{short}({short}({x}, {y}), {rest[0]})"
+        result = f"order_{opcode}({x}, {y}, {nan})"
+        return result if len(values) == 2 else f"order_{opcode}({result}, {rest[0]}, {nan})"
     return {"abs": f"abs({x})", "neg": f"-{x}"}[opcode]
 
 

@@ -162,14 +162,14 @@ def cp(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
         b.count_class("async_group")
         b.emit(f"X.copies.wait(X, None, {b.mask()})")
         return
-    m.one_of("ca", "cg")
+    cached = m.one_of("ca", "cg")
     m.one_of("shared", "shared::cta")
     m.one_of("global")
     policy = _order(m).policy
     b.count_class("async_copy")
     target, source, size, *rest = i.operands
-    if not isinstance(size, Imm) or size.value not in (4, 8, 16):
-        raise b.unsupported("cp.async copies 4, 8 or 16 bytes")
+    if not isinstance(size, Imm) or size.value not in ((4, 8, 16) if cached == "ca" else (16,)):
+        raise b.unsupported("cp.async copies 4, 8 or 16 bytes, with .cg 16")
     if policy:
         rest.pop()
     length = str(size.value)

@@ -56,7 +56,6 @@ def shfl(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     mode = m.one_of("up", "down", "bfly", "idx")
     m.one_of("b32")
     b.count_class("shuffle")
-    b.emit("X.order_warps()")
     value, lane, clamp = (b.read(x, "u4") for x in i.operands[1:4])
     target = i.operands[0]
     result = b.temporary(f"X.shuffle({b.site()}, {mode!r}, {value}, {lane}, {clamp})")
@@ -72,7 +71,6 @@ def vote(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     mode = m.one_of("all", "any", "uni", "ballot")
     kind = KINDS[m.type()]
     b.count_class("vote")
-    b.emit("X.order_warps()")
     source = i.operands[1]
     predicate = b.predicate(source) if isinstance(source, Reg) else b.read(source, "p")
     b.write(i.operands[0], kind, f"X.vote({mode!r}, {predicate})")
@@ -84,7 +82,6 @@ def match(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     m.one_of("sync")
     kind = KINDS[m.type()]
     b.count_class("vote")
-    b.emit("X.order_warps()")
     result = b.temporary(f"X.match({mode!r}, {b.read(i.operands[1], kind)})")
     target = i.operands[0]
     if isinstance(target, Pair):
@@ -99,7 +96,6 @@ def redux(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     mode = m.one_of("add", "min", "max", "and", "or", "xor")
     kind = KINDS[m.type()]
     b.count_class("shuffle")
-    b.emit("X.order_warps()")
     b.write(i.operands[0], kind, f"X.reduce({mode!r}, {b.read(i.operands[1], kind)})")
 
 
