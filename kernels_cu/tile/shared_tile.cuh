@@ -1,4 +1,4 @@
-// A tile [rows][cols] of 16-bit elements in shared memory, swizzled so that no access of this project conflicts.
+// A tile [rows][cols] of 16-bit elements in shared memory, swizzled so that no access to whole chunks conflicts.
 #pragma once
 
 #include "ptx/types.cuh"

@@ -39,7 +39,8 @@ def problem_of(q, k, v, *, causal=False, window=None, bias=None, scale=None, sof
     else:
         (total_q, heads, dim), (total_k, kv_heads) = q.shape, k.shape[:2]
         batch = len(cu_seqlens[0]) - 1
-        seqlen_q, seqlen_k = (int(max(np.diff(edges), default=0)) for edges in cu_seqlens)
+        longest = (int(max(np.diff(edges), default=0)) for edges in cu_seqlens)
+        seqlen_q, seqlen_k = (min(max(n, 1), total) for n, total in zip(longest, (total_q, total_k), strict=True))
         packed = {"total_q": total_q, "total_k": total_k}
     return Problem(
         batch, seqlen_q, seqlen_k, heads, kv_heads, dim, v.shape[-1], q.dtype.name,

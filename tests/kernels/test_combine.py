@@ -1,0 +1,59 @@
+"""The combine kernel on states of the caller: any dtype, any strides, states that saw nothing."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from cuflash.emulator import Device
+from cuflash.plan.forward import plan_combine
+from cuflash.plan.params import COMBINE_PARAMS
+from tests.kernels.launch import launch
+
+EPS = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-21}
+
+
+def merged(outs, lses):
+    """o and lse of states (n, batch, tokens, heads, dim) and (n, batch, heads, tokens), in float64."""
+    lses = lses.astype(np.float64)
+    peak = lses.max(axis=0)
+    shift = np.where(np.isneginf(peak), 0, peak)
+    weights = np.exp(lses - shift)
+    total = weights.sum(axis=0)
+    with np.errstate(divide="ignore"):
+        lse = shift + np.log(total)
+    weights = np.moveaxis(weights / np.where(total == 0, 1, total), 2, 3)[..., None]
+    return np.where(weights == 0, 0, outs.astype(np.float64) * weights).sum(axis=0), lse
+
+
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("dim", [1, 33, 64, 300])
+@pytest.mark.parametrize("states", [1, 2, 33, 128])
+def test_combine(dtype, dim, states):
+    rng = np.random.default_rng(states)
+    kind = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
+    batch, tokens, heads = 2, 5, 3
+    outs = rng.standard_normal((states, batch, tokens, heads, dim)).astype(kind)
+    lses = (50 * rng.standard_normal((states, batch, heads, tokens))).astype(np.float32)
+    lses[:, 0, 0, 0] = -np.inf  # a row that no state saw
+    lses[0, 1, 2, 3] = -np.inf
+    outs[0, 1, 3, 2] = np.nan  # what a state that saw nothing holds does not matter
+    lses[:, 0, 1, :] += 1e4
+
+    device = Device("sm_80")
+    record = np.zeros((), COMBINE_PARAMS)
+    held = [(device.to_device(o, name="o"), device.to_device(x, name="lse")) for o, x in zip(outs, lses, strict=True)]
+    record["states"][:states] = [o.pointer for o, _ in held]
+    record["lses"][:states] = [lse.pointer for _, lse in held]
+    out, lse = device.empty(outs.shape[1:], kind, name="out"), device.empty(lses.shape[1:], np.float32, name="lse")
+    record["o"], record["lse"] = out.pointer, lse.pointer
+    record["state_strides"] = record["o_strides"] = (tokens * heads * dim, heads * dim, dim)
+    record["state_lse_strides"] = record["lse_strides"] = (heads * tokens, tokens, 1)
+    record["num_states"], record["num_heads"], record["seqlen_q"] = states, heads, tokens
+    record["rows"] = batch * heads * tokens
+    launch(device, plan_combine(dtype, dtype, dim, batch * heads * tokens), record)
+
+    want, want_lse = merged(outs, lses)
+    got = out.to_host().astype(np.float64)
+    assert not got[0, 0, 0].any()
+    np.testing.assert_allclose(got, want, rtol=0, atol=4 * EPS[dtype] * np.abs(want).max())
+    np.testing.assert_allclose(lse.to_host(), want_lse, rtol=1e-6, atol=1e-6)

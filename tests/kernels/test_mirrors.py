@@ -1,0 +1,110 @@
+"""The CUDA structs against their Python mirrors: fields, order, offsets, sizes, shared memory."""
+
+import re
+from dataclasses import dataclass, fields
+
+import pytest
+
+from cuflash.jit import compile_ptx
+from cuflash.jit.sources import sources
+from cuflash.plan.config import ELEMENT_NAMES, MAX_SPLITS, CombineConfig, ForwardConfig
+from cuflash.plan.cost import shared_bytes
+from cuflash.plan.params import COMBINE_PARAMS, FORWARD_PARAMS, NO_BOUND
+from cuflash.plan.shipped import shipped_configs
+
+RECORDS = {"ForwardParams": FORWARD_PARAMS, "CombineParams": COMBINE_PARAMS}
+MEMBER = re.compile(r"^\s+(?:const )?(\w+)(?: ?(\*))? ?(\*?)(\w+)(?:\[(\w+)\])?;", re.M)
+
+
+def members(header: str, struct: str) -> list[re.Match]:
+    """Declarations of a struct, in order."""
+    body = re.search(rf"struct {struct} {{\n(.*?)\n}};", sources()[header], re.S)
+    assert body is not None
+    return list(MEMBER.finditer(body[1]))
+
+
+@dataclass(frozen=True)
+class Constants:
+    """A unit that holds named values, which its PTX then shows."""
+
+    includes: tuple[str, ...]
+    values: tuple[tuple[str, str], ...]  # name, CUDA expression
+    entry: str = "constants"
+
+    def unit(self) -> str:
+        lines = [f'#include "{path}"' for path in self.includes]
+        lines += [f'extern "C" __constant__ long long {name} = {value};' for name, value in self.values]
+        return "\n".join([*lines, 'extern "C" __global__ void constants() {}'])
+
+
+def values_of(includes: list[str], expressions: dict[str, str]) -> dict[str, int]:
+    """CUDA expressions evaluated by the compiler."""
+    names = {f"value_{i}": name for i, name in enumerate(expressions)}
+    unit = Constants(tuple(includes), tuple((key, expressions[name]) for key, name in names.items()))
+    found = re.findall(r"(value_\d+)(?: = (-?\d+))?;", compile_ptx(unit, "sm_80"))
+    return {names[key]: int(value or 0) for key, value in found}
+
+
+@pytest.mark.parametrize("config", [ForwardConfig, CombineConfig])
+def test_configurations_have_the_same_fields(config):
+    kinds = {"Element": "str", "int": "int", "bool": "bool"}
+    declared = [(m[4], kinds[m[1]]) for m in members("attention/config.cuh", config.__name__)]
+    assert declared == [(field.name, field.type) for field in fields(config)]
+
+
+def test_element_names_are_in_the_order_of_the_enumeration():
+    declared = re.search(r"enum class Element {(.*?)}", sources()["tile/element.cuh"])
+    assert declared is not None
+    assert tuple(name.strip() for name in declared[1].split(",")) == ELEMENT_NAMES
+
+
+@pytest.mark.parametrize("struct", RECORDS)
+def test_parameters_have_the_same_fields(struct):
+    assert [m[4] for m in members("attention/params.cuh", struct)] == list(RECORDS[struct].names)
+
+
+@pytest.mark.parametrize("struct", RECORDS)
+def test_parameters_have_the_same_offsets_and_sizes(struct):
+    record = RECORDS[struct]
+    expressions = {name: f"__builtin_offsetof(cuflash::{struct}, {name})" for name in record.names}
+    expressions |= {
+        f"size of {name}": f"sizeof(static_cast<cuflash::{struct}*>(nullptr)->{name})" for name in record.names
+    }
+    expressions["size"] = f"sizeof(cuflash::{struct})"
+    expected = {name: record.fields[name][1] for name in record.names}
+    expected |= {f"size of {name}": record.fields[name][0].itemsize for name in record.names}
+    expected["size"] = record.itemsize
+    assert values_of(["attention/params.cuh"], expressions) == expected
+
+
+def test_parameters_fit_into_a_launch():
+    assert max(FORWARD_PARAMS.itemsize, COMBINE_PARAMS.itemsize) <= 4096
+
+
+def test_constants_agree():
+    assert values_of(["attention/params.cuh"], {"splits": "cuflash::kMaxSplits"}) == {"splits": MAX_SPLITS}
+    assert NO_BOUND == 2**31 - 1
+
+
+def literal(config: ForwardConfig) -> str:
+    """The configuration as its compile unit spells it."""
+    spelled = re.search(r"kConfig({.*?});", config.unit(), re.S)
+    assert spelled is not None
+    return f"cuflash::ForwardConfig{spelled[1]}"
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90"])
+def test_shared_memory_is_that_of_the_kernel(arch):
+    configs = [config for config in shipped_configs(arch) if isinstance(config, ForwardConfig)]
+    sizes = {str(config): f"sizeof(cuflash::ForwardShared<{literal(config)}>)" for config in configs}
+    assert values_of(["kernels/forward.cu"], sizes) == {str(config): shared_bytes(config) for config in configs}
+
+
+def test_asm_is_in_ptx_alone_and_nothing_is_included_from_outside():
+    for name, text in sources().items():
+        if not name.startswith("ptx/"):
+            assert "asm" not in re.findall(r"\b\w+\b", re.sub(r"//.*", "", text)), name
+        assert "#include <" not in text, name
+        layers = ("ptx", "tile", "attention", "kernels")
+        for included in re.findall(r'#include "(\w+)/', text):
+            assert layers.index(included) <= layers.index(name.split("/")[0]), f"{name} includes {included}"
