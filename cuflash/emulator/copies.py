@@ -96,7 +96,7 @@ class CopyQueue:
             if chosen.all():
                 part, chosen = every, slice(None)
             width = size if count == size else 1
-            check_alignment(lanes, site, address[chosen].view(np.int64) - GLOBAL_BASE, size, part, "global")
+            check_alignment(lanes, site, address[chosen].view(np.int64) - GLOBAL_BASE, size, part, memory.describe)
             starts = memory.locate(lanes, site, address[chosen], width, part, OWNED | WRITTEN, "read", flat=True)
             counters.global_access(lanes, starts, int(count), part, False)
             if width == size:

@@ -171,7 +171,7 @@ class Machine:
         else:
             bad = np.ones(lanes.shape, bool) if lanes.mask is None else lanes.mask
             block, thread = lanes.coordinates(int(np.flatnonzero(bad.reshape(-1))[0]))
-            raise Trap("trap", self._end_site(code), block, thread, int(bad.sum()))
+            raise Trap("the program executed trap", self._end_site(code), block, thread, int(bad.sum()))
 
     def _barrier(self, code: Code, lanes: Lanes, operands: tuple) -> None:
         site = self._end_site(code)
@@ -349,7 +349,7 @@ class Machine:
         lines: dict[str, list[int]] = {}
         for other in np.flatnonzero(waiting[slot] >= 0):
             lines.setdefault(str(self.barriers.sites[slot, int(other)]), []).append(int(other))
-        text = "; ".join(f"warps {', '.join(map(str, warps))} wait at {place}" for place, warps in lines.items())
+        text = "".join(f"\n    warps {', '.join(map(str, warps))} wait at {place}" for place, warps in lines.items())
         return Deadlock(
-            f"no thread can run: barrier {number} waits for {expected} threads, {arrived} arrived; {text}", site, *where
+            f"no thread can run: barrier {number} waits for {expected} threads, {arrived} arrived:{text}", site, *where
         )

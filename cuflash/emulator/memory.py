@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -51,9 +52,9 @@ def scatter(data: np.ndarray, offsets: np.ndarray, dtype: np.dtype, values: tupl
 
 
 def check_alignment(
-    lanes: Lanes, site: int, offsets: np.ndarray, width: int, mask: np.ndarray | None, space: str
+    lanes: Lanes, site: int, offsets: np.ndarray, width: int, mask: np.ndarray | None, describe: Callable[[int], str]
 ) -> None:
-    """Raise Misaligned unless every offset is a multiple of the width."""
+    """Raise Misaligned unless every offset is a multiple of the width. describe: an offset in words."""
     if width > 1 and int(np.bitwise_or.reduce(offsets, axis=None)) & (width - 1):
         bad = offsets & (width - 1) != 0
         flat = np.reshape(offsets, -1)
@@ -62,7 +63,7 @@ def check_alignment(
             site,
             bad,
             mask,
-            lambda k: f"{space} address {int(flat[k]):#x} is not a multiple of {width} bytes",
+            lambda k: f"access of {width} bytes at {describe(int(flat[k]))}: not a multiple of {width}",
         )
 
 
@@ -89,7 +90,7 @@ class FlatSpace:
                     f"of the {self.owner()}"
                 ),
             )
-        check_alignment(lanes, site, address, width, mask, self.name)
+        check_alignment(lanes, site, address, width, mask, lambda offset: f"{self.name} address {offset:#x}")
 
     def owner(self) -> str:
         return "thread" if self.name == "local" else "kernel's parameters" if self.name == "param" else "block"
@@ -330,7 +331,7 @@ class GlobalMemory:
             return offsets
         inside = offsets.min() >= 0 and offsets.max() + width <= len(self.data)
         if inside:
-            check_alignment(lanes, site, offsets, width, mask if not flat else _all(mask, lanes), "global")
+            check_alignment(lanes, site, offsets, width, mask if not flat else _all(mask, lanes), self.describe)
             state, parts = word_view(self.state, width)
             index = offsets >> (min(width, 8).bit_length() - 1)
             pattern = words(int(need), min(width, 8))

@@ -88,7 +88,9 @@ class SharedHistory:
 class History:
     """Last writer and last readers of every granule of shared memory.
 
-    last_write : interval << 10 | thread, or NEVER; last_read : (granules, warps) interval << 6 | lane.
+    last_write : interval << 10 | thread, or NEVER; last_read : (granules, warps) interval << 6 | lane; write_site,
+        read_site : of these accesses;
+    strong : whether the last write was, or nothing as long as none was.
     """
 
     def __init__(self, clocks: Clocks, blocks: int, warps: int, stride: int, granule: int, check: bool) -> None:
@@ -98,6 +100,7 @@ class History:
         count = blocks * (stride >> self.shift)
         self.last_write = np.full(count, NEVER, np.int32)
         self.last_read = np.zeros((count if check else 0, warps), np.int32)
+        self.write_site, self.read_site = np.zeros_like(self.last_write), np.zeros_like(self.last_read)
         self.strong = np.zeros(0, bool)
 
     def inherit(self, lines: np.ndarray, other: History) -> None:
@@ -106,6 +109,7 @@ class History:
         parts = other.granule // self.granule
         pieces = first[..., None] * parts + np.arange(parts)
         self.last_write[pieces] = other.last_write[first][..., None]
+        self.write_site[pieces] = other.write_site[first][..., None]
         if other.strong.size:
             self._keep_strong()
             self.strong[pieces] = other.strong[first][..., None]
@@ -116,6 +120,7 @@ class History:
                 known < limit[:, None, None] << LANE_BITS
             ).all():  # else all warps have seen these reads: no need to keep them
                 self.last_read[pieces] = known[..., None, :]
+                self.read_site[pieces] = other.read_site[first][..., None, :]
 
     def _keep_strong(self) -> None:
         """From now on, know of every granule whether its last write was strong (volatile, relaxed, atomic)."""
@@ -161,11 +166,13 @@ class History:
             if written.max() == NEVER:
                 raise self._uninitialized(lanes, site, offsets, written == NEVER, wide, mask)
             unseen = self._weak(pieces, written, strong)
-            self._check_writes(lanes, site, offsets, unseen, wide, mask, "read", together)
+            self._check_writes(lanes, site, pieces, offsets, unseen, mask, "read", together)
         if not strong:
-            self._note_read(lanes, pieces, wide, mask, together)
+            self._note_read(lanes, site, pieces, wide, mask, together)
 
-    def _note_read(self, lanes: Lanes, pieces: np.ndarray, wide: bool, mask: np.ndarray | None, together: bool) -> None:
+    def _note_read(
+        self, lanes: Lanes, site: int, pieces: np.ndarray, wide: bool, mask: np.ndarray | None, together: bool
+    ) -> None:
         together = together or (mask is None and np.shape(pieces)[2] == 1)  # one address for the whole warp
         warp, lane = lanes.warp, lanes.tid & 31
         now = self.clocks.time[lanes.rows[:, :, 0], lanes.warp[:, :, 0]][:, :, None] << LANE_BITS
@@ -174,6 +181,7 @@ class History:
             warp, now = warp[..., None], now[..., None]
         places = pieces * self.warps + warp
         notes = self.last_read.reshape(-1)
+        self.read_site.reshape(-1)[places] = site
         if together:
             notes[places] = now
             return
@@ -207,24 +215,22 @@ class History:
         written = self.last_write.take(pieces)
         if not (written < limit << THREAD_BITS).all():
             unseen = self._weak(pieces, np.where(written == NEVER, 0, written), strong)
-            self._check_writes(lanes, site, offsets, unseen, wide, every, "write")
+            self._check_writes(lanes, site, pieces, offsets, unseen, every, "write")
         read = self.last_read[pieces]
         if not (read < limit[..., None] << LANE_BITS).all():
-            self._check_reads(lanes, site, offsets, read, wide, every)
+            self._check_reads(lanes, site, pieces, offsets, read, every)
         tid = lanes.flat(lanes.tid, mask)
         time = lanes.flat(self.clocks.time[lanes.rows[:, :, 0], lanes.warp[:, :, 0]][:, :, None], mask)
         mine = ((IN_FLIGHT if in_flight else time) << THREAD_BITS | tid).astype(np.int32)
         mine = mine[:, None] if wide else mine
-        self.last_write[pieces] = mine
+        self.last_write[pieces], self.write_site[pieces] = mine, site
         if strong:
             self._keep_strong()
         if self.strong.size:
             self.strong[pieces] = strong
         if not strong and not (self.last_write.take(pieces) == mine).all():
             other = self.last_write.take(pieces)
-            raise self._race(
-                lanes, site, offsets, other != mine, other, wide, every, "write", "a write of the same instruction by"
-            )
+            raise self._race(lanes, site, offsets, other != mine, other, every, "write", "this write by")
 
     def require(self, lanes: Lanes, site: int, offsets: np.ndarray, width: int, mask: np.ndarray | None) -> None:
         """Raise Uninitialized unless something has written all of it; offsets as in write."""
@@ -249,35 +255,43 @@ class History:
         self,
         lanes: Lanes,
         site: int,
+        pieces: np.ndarray,
         offsets: np.ndarray,
         written: np.ndarray,
-        wide: bool,
         mask: np.ndarray | None,
         verb: str,
         together: bool = False,
     ) -> None:
         time, writer = written >> THREAD_BITS, written & THREAD_MASK
         row, warp, tid = (lanes.pick(x, mask) for x in (lanes.rows, lanes.warp, lanes.tid))
-        if wide:
+        if pieces.ndim > np.ndim(offsets):
             row, warp, tid = row[..., None], warp[..., None], tid[..., None]
         bad = (time > self.clocks.seen[row, warp, writer >> 5]) & (together | (writer != tid) | (time == IN_FLIGHT))
         if bad.any():
             flying = bool(((time == IN_FLIGHT) & bad).reshape(-1)[np.flatnonzero(bad.reshape(-1))[0]])
             what = "a copy still in flight (cp.async) by" if flying else "a write by"
-            raise self._race(lanes, site, offsets, bad, written, wide, mask, verb, what)
+            verb = f"{verb} for the whole warp" if together else verb
+            raise self._race(lanes, site, offsets, bad, written, mask, verb, what, self.write_site[pieces])
 
     def _check_reads(
-        self, lanes: Lanes, site: int, offsets: np.ndarray, read: np.ndarray, wide: bool, mask: np.ndarray | None
+        self,
+        lanes: Lanes,
+        site: int,
+        pieces: np.ndarray,
+        offsets: np.ndarray,
+        read: np.ndarray,
+        mask: np.ndarray | None,
     ) -> None:
         time, lane = read >> LANE_BITS, read & LANE_MASK
         row, warp, tid = (lanes.pick(x, mask) for x in (lanes.rows, lanes.warp, lanes.tid))
-        extra = (..., None, None) if wide else (..., None)
+        extra = (..., None, None) if pieces.ndim > 1 else (..., None)
         row, warp, tid = row[extra], warp[extra], tid[extra]
         reader = np.arange(self.warps)
         bad = (time > self.clocks.seen[row, warp, reader]) & ((reader != warp) | (lane != (tid & 31)))
         if bad.any():
             who = np.where(bad, reader * 32 + np.minimum(lane, 31), -1).max(-1)
-            raise self._race(lanes, site, offsets, bad.any(-1), who, wide, mask, "write", "a read by")
+            where = np.take_along_axis(self.read_site[pieces], (who >> 5)[..., None], -1)[..., 0]
+            raise self._race(lanes, site, offsets, bad.any(-1), who, mask, "write", "a read by", where)
 
     def _race(
         self,
@@ -286,14 +300,18 @@ class History:
         offsets: np.ndarray,
         bad: np.ndarray,
         other: np.ndarray,
-        wide: bool,
         mask: np.ndarray | None,
         verb: str,
         what: str,
+        where: np.ndarray | None = None,
     ) -> EmulatorFault:
+        """other : the threads that made the earlier accesses, where : their sites."""
         bad, other = np.broadcast_arrays(bad, other)
-        first = int(other.reshape(-1)[np.flatnonzero(bad.reshape(-1))[0]]) & THREAD_MASK
-        thread = lanes.machine.thread_coordinates(first)
+        wide, first = bad.ndim > np.ndim(offsets), np.flatnonzero(bad.reshape(-1))[0]
+        thread = lanes.machine.thread_coordinates(int(other.reshape(-1)[first]) & THREAD_MASK)
+        at = ""
+        if where is not None:
+            at = f",\n    which is at {lanes.machine.sites[int(np.broadcast_to(where, bad.shape).reshape(-1)[first])]}"
         flat = np.broadcast_to(offsets, bad.shape[:-1] if wide else bad.shape).reshape(-1)
         return lanes.fault(
             Race,
@@ -302,7 +320,7 @@ class History:
             mask,
             lambda k: (
                 f"{verb} of shared address {int(flat[k]) % self.stride:#x} races with {what} thread {thread} "
-                "of the same block"
+                f"of the same block{at}"
             ),
         )
 

@@ -26,7 +26,8 @@ class GlobalWriters:
         self.shift = granule.bit_length() - 1
         self.granule = granule
         self.thread = np.zeros(size >> self.shift if check else 0, np.int64)
-        self.moment = np.zeros(size >> self.shift if check else 0, np.int64)
+        self.moment = np.zeros_like(self.thread)
+        self.site = np.zeros(len(self.thread), np.int32)
 
     def write(self, lanes: Lanes, site: int, offsets: np.ndarray, width: int, mask: np.ndarray | None) -> None:
         """Check and note a write; offsets is one axis, one element per active lane."""
@@ -42,26 +43,25 @@ class GlobalWriters:
         extra = (slice(None), None) if pieces.ndim > 1 else slice(None)
         before = self.thread.take(pieces)
         if before.any():
-            self._check(
-                lanes, site, offsets, before, self.moment.take(pieces), (row[extra], warp[extra], tid[extra]), mask
-            )
+            self._check(lanes, site, offsets, pieces, before, (row[extra], warp[extra], tid[extra]), mask)
         self.thread[pieces] = mine[extra]
-        self.moment[pieces] = self.now
+        self.moment[pieces], self.site[pieces] = self.now, site
         after = self.thread.take(pieces)
         if not (after == mine[extra]).all():
-            raise self._race(lanes, site, offsets, after != mine[extra], after, mask)
+            raise self._race(lanes, site, offsets, pieces, after != mine[extra], after, mask)
 
     def _check(
         self,
         lanes: Lanes,
         site: int,
         offsets: np.ndarray,
+        pieces: np.ndarray,
         before: np.ndarray,
-        moment: np.ndarray,
         who: tuple,
         mask: np.ndarray | None,
     ) -> None:
         row, warp, tid = who
+        moment = self.moment.take(pieces)
         machine, clocks = lanes.machine, lanes.machine.clocks
         mine = machine.first_block + row
         block = np.maximum((before >> 34) - 1, 0)
@@ -71,7 +71,7 @@ class GlobalWriters:
         between = (self.releases[block] > moment) & (self.acquires[mine] > moment)
         bad = (before != 0) & ~np.where(same, inside, between)
         if bad.any():
-            raise self._race(lanes, site, offsets, bad, before, mask)
+            raise self._race(lanes, site, offsets, pieces, bad, before, mask)
 
     def release(self, lanes: Lanes) -> None:
         """The blocks make what they wrote visible to others."""
@@ -84,12 +84,21 @@ class GlobalWriters:
         self.acquires[lanes.machine.first_block + lanes.rows] = self.now
 
     def _race(
-        self, lanes: Lanes, site: int, offsets: np.ndarray, bad: np.ndarray, other: np.ndarray, mask: np.ndarray | None
+        self,
+        lanes: Lanes,
+        site: int,
+        offsets: np.ndarray,
+        pieces: np.ndarray,
+        bad: np.ndarray,
+        other: np.ndarray,
+        mask: np.ndarray | None,
     ) -> EmulatorFault:
         machine = lanes.machine
-        first = int(other.reshape(-1)[np.flatnonzero(np.broadcast_to(bad, other.shape).reshape(-1))[0]])
+        position = np.flatnonzero(np.broadcast_to(bad, other.shape).reshape(-1))[0]
+        first = int(other.reshape(-1)[position])
         block = machine.grid_coordinates((first >> 34) - 1)
         thread = machine.thread_coordinates(first & THREAD_MASK)
+        at = machine.sites[int(self.site[pieces.reshape(-1)[position]])]
         shaped = np.any(bad, -1) if bad.ndim > 1 else bad
         every = mask if mask is not None else np.ones(lanes.shape, bool)
         return lanes.fault(
@@ -99,6 +108,6 @@ class GlobalWriters:
             every,
             lambda k: (
                 f"write at {machine.memory.describe(int(offsets[k]))} races with a write by thread {thread} "
-                f"of block {block}"
+                f"of block {block},\n    which is at {at}"
             ),
         )

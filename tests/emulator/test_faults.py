@@ -36,13 +36,13 @@ PROGRAMS = {
         Race,
         "s[i] = i; FIX y[i] = s[63 - i];",
         "__syncthreads();",
-        r"read of shared address 0x\w+ races with a write by thread",
+        r"read of shared address 0x\w+ races with a write by thread .*,\n    which is at .*test.cu:9; .*: st\.shared",
     ),
     "missing barrier before reuse": (
         Race,
         "s[i] = i; __syncthreads(); int v = s[63 - i]; FIX s[i] = v; y[i] = v;",
         "__syncthreads();",
-        r"write of shared address .* races with a read by thread",
+        r"write of shared address .* races with a read by thread .*,\n    which is at .*test.cu:9; .*: ld\.shared",
     ),
     "two writers": (Race, "s[FIX] = i; __syncthreads(); y[i] = s[i / 2];", "i", "races with"),
     "missing warp barrier": (Race, "s[i] = i; FIX y[i] = s[i ^ 1];", "__syncwarp();", r"thread \(0, 0, 0\)|thread"),
@@ -71,7 +71,7 @@ PROGRAMS = {
         Race,
         "y[i + FIX] = i;",
         "64 * blockIdx.x",
-        r"write at global address .* 'y' .* races with a write by thread .* of block",
+        r"write at global address .* 'y' .* races with a write by thread .* of block .*,\n    which is at .*: st\.global",
     ),
     "two threads write the same global bytes": (Race, "y[i + 64 * blockIdx.x - FIX] = i;", "0", "'y'"),
     "copy not waited for": (
@@ -232,7 +232,7 @@ PROGRAMS = {
         'if (i < 32) asm volatile("bar.sync 1, 64;" ::: "memory");'
         ' else asm volatile("bar.sync FIX, 64;" ::: "memory"); y[i] = i;',
         "1",
-        r"warps 0 wait at .*warps 1 wait at",
+        r"(?s)warps 0 wait at .*warps 1 wait at",
     ),
     "nobody arrives": (
         Deadlock,
