@@ -60,19 +60,30 @@ SHARING = (("shared", "generic"), ("global", "generic"))  # spaces whose accesse
 
 @dataclass(slots=True)
 class Code:
-    """One translated block.
+    """One translated block. Its function is compiled when it first runs: many never do.
 
+    source, scope : the text of the function and the names it uses
     ins, outs : indices of the registers that the function takes and returns
     exposed : incoming registers that an outgoing one may alias
     counts : instruction classes to numbers of instructions in the block
     """
 
-    function: Callable[..., tuple]
+    source: str
+    scope: dict[str, object]
     ins: tuple[int, ...]
     outs: tuple[int, ...]
     exposed: tuple[int, ...]
     block: Block
     counts: dict[str, int]
+    compiled: Callable[..., tuple] | None = None
+
+    @property
+    def function(self) -> Callable[..., tuple]:
+        if self.compiled is None:
+            made: dict[str, Callable[..., tuple]] = {}
+            exec(compile(self.source, f"<block {self.block.index}>", "exec"), self.scope, made)
+            self.compiled = made["block"]
+        return self.compiled
 
 
 @dataclass(slots=True)
@@ -87,7 +98,6 @@ class Translation:
     shared_granule: int
     global_granule: int
     globals_used: frozenset[str]
-    source: str = field(repr=False, default="")
 
 
 def translate(flow: Flow, symbols: dict[str, int], outside: Set[str]) -> Translation:
@@ -102,25 +112,18 @@ def translate(flow: Flow, symbols: dict[str, int], outside: Set[str]) -> Transla
     crossing = sorted(set().union(*uses))
     number = {name: k for k, name in enumerate(crossing)}
     shelf = Shelf(symbols, outside)
-    lines: list[str] = []
-    partial = []
+    codes = []
     for block, use, define, out in zip(flow.blocks, uses, defines, live, strict=True):
         builder = BlockBuilder(flow, shelf)
         ins = sorted(use)
         outs = sorted(define & out)
-        lines += builder.build(block, ins, outs)
+        source = builder.build(block, ins, outs)
         exposed = tuple(number[name] for name in ins if name in builder.exposed)
-        partial.append(([number[n] for n in ins], [number[n] for n in outs], exposed, block, builder.counts))
-    source = "\n".join(lines)
-    scope = VOCABULARY | shelf.constants
-    exec(compile(source, f"<{flow.function.name}>", "exec"), scope)
-    codes = [
-        Code(scope[f"block{block.index}"], tuple(ins), tuple(outs), exposed, block, counts)
-        for ins, outs, exposed, block, counts in partial
-    ]
+        places = tuple(number[name] for name in ins), tuple(number[name] for name in outs)
+        codes.append(Code(source, shelf.scope, *places, exposed, block, builder.counts))
     kinds = [_storage(flow, name) for name in crossing]
     shared, outer = (min((w for space, w in shelf.widths if space in names), default=16) for names in SHARING)
-    return Translation(codes, kinds, number, shelf.sites, shared, outer, frozenset(shelf.globals_used), source)
+    return Translation(codes, kinds, number, shelf.sites, shared, outer, frozenset(shelf.globals_used))
 
 
 def _storage(flow: Flow, name: str) -> str:
@@ -138,7 +141,7 @@ class Shelf:
 
     symbols: dict[str, int]
     outside: Set[str]
-    constants: dict[str, object] = field(default_factory=dict)
+    scope: dict[str, object] = field(default_factory=lambda: dict(VOCABULARY))
     sites: list[Site] = field(default_factory=list)
     widths: set[tuple[str, int]] = field(default_factory=set)
     globals_used: set[str] = field(default_factory=set)
@@ -151,7 +154,7 @@ class BlockBuilder:
 
     def __init__(self, flow: Flow, shelf: Shelf) -> None:
         self.registers = flow.function.registers
-        self.shelf, self.symbols, self.constants, self.sites = shelf, shelf.symbols, shelf.constants, shelf.sites
+        self.shelf, self.symbols, self.sites = shelf, shelf.symbols, shelf.sites
         self.lines: list[str] = []
         self.values: dict[str, dict[str, str]] = {}  # register -> kind -> Python variable
         self.storage: dict[str, str] = {}  # register -> kind it was last written as
@@ -163,7 +166,8 @@ class BlockBuilder:
         self.guard: str | None = None
         self.current: Instruction | None = None
 
-    def build(self, block: Block, ins: list[str], outs: list[str]) -> list[str]:
+    def build(self, block: Block, ins: list[str], outs: list[str]) -> str:
+        """The text of the function."""
         names = []
         for name in ins:
             variable = self._new()
@@ -191,9 +195,9 @@ class BlockBuilder:
             results.append(self.barrier_operands(end.instruction))
         if end.kind in ("branch", "jump", "switch") and end.instruction is not None:
             self.count_class("control")
-        head = f"def block{block.index}({', '.join(['X', 'P', *names])}):"
+        head = f"def block({', '.join(['X', 'P', *names])}):"
         tail = f"return ({''.join(r + ', ' for r in results)})"
-        return [head, *(" " + line for line in [*self.lines, tail])]
+        return "\n ".join([head, *self.lines, tail])
 
     def _instruction(self, item: Instruction) -> None:
         if item.opcode not in TABLE:
@@ -250,7 +254,7 @@ class BlockBuilder:
         dtype = np.dtype("?" if kind == "p" else kind)
         scalar = np.frombuffer(value, dtype)[0] if isinstance(value, bytes) else np.array(value).astype(dtype)[()]
         name = f"c_{kind}_{scalar.tobytes().hex()}"
-        self.constants.setdefault(name, np.array(scalar))
+        self.shelf.scope.setdefault(name, np.array(scalar))
         return name
 
     def read(self, operand: Operand, kind: str) -> str:
@@ -319,10 +323,7 @@ class BlockBuilder:
         if self.guard is not None:
             old = self.read_register(operand.name, kind)
             expression = f"choose({self.guard}, {expression}, {old})"
-        alias = self.origin.get(expression)
-        variable = self.temporary(expression)
-        if alias is not None:
-            self.origin[variable] = alias
+        variable = expression if expression.isidentifier() else self.temporary(expression)
         self.values[operand.name] = {kind: variable}
         self.storage[operand.name] = kind
 

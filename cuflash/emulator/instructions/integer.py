@@ -28,7 +28,9 @@ def arithmetic(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
         _wide(b, i, m, t)
         return
     b.count_class("integer")
-    k = KINDS[t]
+    k, saturates = KINDS[t], m.flag("sat")
+    if i.opcode in ("add", "sub", "mul", "mad") and part != "hi" and not saturates and "cc" not in m.rest:
+        k = f"u{bits(k)}"  # the sign does not matter, and registers hold unsigned words
     values = [b.read(x, k) for x in i.operands[1:]]
     if i.opcode in ("addc", "subc", "madc") or "cc" in m.rest:
         _carry(b, i, m, k, values, part)
@@ -46,7 +48,7 @@ def arithmetic(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
         "neg": f"-{x}",
         "div": f"divide({x}, {y}, '{k}')",
     }[i.opcode]
-    if m.flag("sat"):
+    if saturates:
         wide = {"add": f"{x}.astype(I8) + {y}", "sub": f"{x}.astype(I8) - {y}"}[i.opcode]
         expression = f"saturate_int({wide}, '{k}')"
     b.write(i.operands[0], k, expression)
