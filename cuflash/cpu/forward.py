@@ -157,7 +157,7 @@ class _Item:
         if sequence.lse is not None:
             sequence.lse[self.head, self.begin : self.end] = (self.m + np.log(self.l)).reshape(-1)[:count]
         self.o /= np.where(self.l == 0, 1, self.l)[:, :, None]  # a row that sees nothing: O = 0, lse = -inf
-        sequence.out[self.begin : self.end, self.head] = self.o.reshape(-1, problem.head_dim_v)[:count]
+        sequence.out[self.begin : self.end, self.head] = self.o.reshape(self.l.size, problem.head_dim_v)[:count]
 
     def _begin_state(self) -> None:
         problem, dtype = self.problem, sum_dtype(self.problem)
