@@ -55,6 +55,7 @@ class _Parser:
         self.function: Function | None = None
         self.scopes: list[dict[str, str]] = []
         self.scope_count = 0
+        self.operands: dict[str, Operand] = {}  # that stand outside any inner scope
         self.loc: tuple[str, str, str] | None = None
         self.callers: dict[tuple[str, str, str], tuple[str, str, str] | None] = {}
         self.places: dict[tuple[str, str, str], tuple[str, tuple[str, ...]]] = {}
@@ -112,11 +113,11 @@ class _Parser:
                 self.files[match[1]] = match[2]
 
     def _line_directive(self, rest: str, number: int) -> int:
-        if rest.startswith(".loc") and (match := LOC.match(rest)):
-            at = (match[1], match[2], match[3])
-            self.callers[at] = (match[4], match[5], match[6]) if match[4] else None
-            self.loc = at
-            self.places.pop(at, None)
+        if rest.startswith(".loc"):
+            self.loc, caller = _location(rest)
+            if self.callers.get(self.loc, self.loc) != caller:
+                self.callers[self.loc] = caller
+                self.places.clear()  # chains of callers may pass through here
         elif rest.startswith(".target"):
             self.program.target = rest.split()[1].rstrip(",")
         elif rest.startswith(".section"):
@@ -132,6 +133,7 @@ class _Parser:
                 sizes = [int(x) for x in limit[1].replace(",", " ").split()]
                 setattr(function, key, tuple([*sizes, 1, 1][:3]))
         self.function, self.scopes, self.scope_count = function, [{}], 0
+        self.operands.clear()
         for variable in function.results + function.params:
             function.variables[variable.name] = variable
         for register in re.findall(r"\.reg\s+\.(\w+)\s+([\w$%]+)", f"{params} {results}"):
@@ -185,20 +187,20 @@ class _Parser:
     def _simple(self, text: str, number: int) -> None:
         if not text:
             return
-        if match := REGISTERS.match(text):
+        if text[0] != ".":
+            self._instruction(text, number)
+        elif match := REGISTERS.match(text):
             self._registers(match[1], match[2], number)
         elif text.startswith((".pragma", ".alias", ".minnctapersm", ".noreturn")) or ".func" in text.split("(")[0]:
             return  # hints, and declarations of functions
         elif match := re.match(r"\.(?:branchtargets|calltargets)\s+(.*)$", text, re.S):
             self._table(match[1])
-        elif text[0] == ".":
+        else:
             variable = self._variable(text)
             if self.function is None:
                 self.program.variables[variable.name] = variable
             else:
                 self.function.variables[variable.name] = variable
-        else:
-            self._instruction(text, number)
 
     def _table(self, names: str) -> None:
         function = self.function
@@ -209,6 +211,7 @@ class _Parser:
     def _registers(self, type_name: str, names: str, number: int) -> None:
         if self.function is None or type_name not in KINDS:
             raise InvalidPtx(f"PTX line {number + 1}: register type .{type_name} is unknown")
+        self.operands.clear()
         for name in names.split(","):
             name, _, count = name.strip().partition("<")
             for each in [f"{name}{k}" for k in range(int(count.rstrip(">")))] if count else [name]:
@@ -264,6 +267,14 @@ class _Parser:
         return self.places[self.loc]
 
     def _operand(self, text: str, opcode: str) -> Operand:
+        if len(self.scopes) > 1:
+            return self._read_operand(text, opcode)
+        operand = self.operands.get(text)
+        if operand is None:
+            operand = self.operands[text] = self._read_operand(text, opcode)
+        return operand
+
+    def _read_operand(self, text: str, opcode: str) -> Operand:
         if len(self.scopes) == 1 and text[0] not in "({":
             return _plain_operand(text, self._is_register(text.lstrip("!")))
         if text[0] == "{":
@@ -288,6 +299,15 @@ class _Parser:
             first, second = (self._scoped_operand(part.strip(), opcode) for part in text.split("|"))
             return Pair(first, second)
         return _plain_operand(text, False)
+
+
+@lru_cache(maxsize=65536)
+def _location(text: str) -> tuple[tuple[str, str, str], tuple[str, str, str] | None]:
+    """(file, line, column) of a .loc directive, and of the call through which it was inlined."""
+    match = LOC.match(text)
+    if match is None:
+        raise InvalidPtx(f"PTX directive {text!r} is not understood")
+    return (match[1], match[2], match[3]), (match[4], match[5], match[6]) if match[4] else None
 
 
 @lru_cache(maxsize=65536)
