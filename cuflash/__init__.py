@@ -1,7 +1,7 @@
 """cuflash: exact, IO-aware attention for NumPy, CuPy and DLPack arrays, with no deep-learning framework.
 
-Public: `attention`, `attention_varlen`, `merge_states`, `emulate`, `Options`, the errors, and the modules `reference`,
-`io_model` and `emulator`, which load when they are first used.
+Public: `attention`, `attention_varlen`, `merge_states`, `vjp`, `emulate`, `Options`, the errors, and the modules
+`reference`, `io_model` and `emulator`, which load when they are first used.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from cuflash.errors import (
 )
 from cuflash.merge import merge_states
 from cuflash.options import Options
+from cuflash.vjp import vjp
 
 if TYPE_CHECKING:
     from cuflash import emulator, io_model, reference
@@ -47,6 +48,7 @@ __all__ = [
     "io_model",
     "merge_states",
     "reference",
+    "vjp",
 ]
 
 _MODULES = ("emulator", "io_model", "reference")

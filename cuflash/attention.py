@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-from cuflash import check, forward
+from cuflash import backward, check, forward
 from cuflash.arrays import Kind, device_of, gather
+from cuflash.check import Packing, Scores
+from cuflash.device import Device
 from cuflash.layout import NativeArray
 from cuflash.options import Options
 from cuflash.packing import take_lengths
+from cuflash.vjp import Pullback, register
 
 _NAMES = ("q", "k", "v", "bias", "out")
 _OPTIONAL = ("bias", "out")
@@ -93,12 +96,8 @@ def attention(
     >>> cuflash.attention(q, k, v, causal=True).shape
     (2, 100, 4, 64)
     """
-    asked = check.scores(causal, window, scale, softcap)
-    check.check_flag("return_lse", return_lse)
-    kind, arrays = gather(_NAMES, (q, k, v, bias, out), _OPTIONAL)
-    device = device_of(kind, _NAMES, arrays)
-    operands = forward.Operands(*arrays)
-    return _give(kind, out, *forward.run(device, operands, asked, None, bool(return_lse), options))
+    kind, question = _dense(q, k, v, bias, out, check.scores(causal, window, scale, softcap), return_lse)
+    return _give(kind, out, *forward.run(*question, bool(return_lse), options))
 
 
 def attention_varlen(
@@ -169,21 +168,46 @@ def attention_varlen(
     (70, 4, 64)
     """
     asked = check.scores(causal, window, scale, softcap)
+    cu_seqlens, max_seqlens = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+    kind, question = _packed(q, k, v, bias, out, cu_seqlens, max_seqlens, asked, return_lse)
+    return _give(kind, out, *forward.run(*question, bool(return_lse), options))
+
+
+class _Question(NamedTuple):
+    """A call in native arrays, as the passes take it."""
+
+    device: Device | None
+    operands: forward.Operands
+    asked: Scores
+    packing: Packing | None
+
+
+def _dense(
+    q: Any, k: Any, v: Any, bias: Any, out: Any, asked: Scores, return_lse: bool
+) -> tuple[Kind, _Question]:
     check.check_flag("return_lse", return_lse)
     kind, arrays = gather(_NAMES, (q, k, v, bias, out), _OPTIONAL)
-    device = device_of(kind, _NAMES, arrays)
-    q, k, v, bias, given_out = arrays[:5]
-    for name, array in (("q", q), ("k", k), ("v", v)):
+    return kind, _Question(device_of(kind, _NAMES, arrays), forward.Operands(*arrays), asked, None)
+
+
+def _packed(
+    q: Any,
+    k: Any,
+    v: Any,
+    bias: Any,
+    out: Any,
+    cu_seqlens: tuple[Any, Any],
+    max_seqlens: tuple[int | None, int | None],
+    asked: Scores,
+    return_lse: bool,
+) -> tuple[Kind, _Question]:
+    kind, (device, operands, *_) = _dense(q, k, v, bias, out, asked, return_lse)
+    for name, array in zip("qkv", operands, strict=False):
         check.check_packed_rank(name, array.shape)
-    lengths = take_lengths(
-        device,
-        (cu_seqlens_q, cu_seqlens_k),
-        (max_seqlen_q, max_seqlen_k),
-        (q.shape[0], k.shape[0]),
-        _biased_axes(bias),
-    )
-    operands = forward.Operands(q, k, v, bias, given_out, lengths.cu_seqlens_q, lengths.cu_seqlens_k)
-    return _give(kind, out, *forward.run(device, operands, asked, lengths.packing, bool(return_lse), options))
+    totals = operands.q.shape[0], operands.k.shape[0]
+    lengths = take_lengths(device, cu_seqlens, max_seqlens, totals, _biased_axes(operands.bias))
+    operands = operands._replace(cu_seqlens_q=lengths.cu_seqlens_q, cu_seqlens_k=lengths.cu_seqlens_k)
+    return kind, _Question(device, operands, asked, lengths.packing)
 
 
 def _biased_axes(bias: NativeArray | None) -> tuple[bool, bool]:
@@ -198,3 +222,48 @@ def _give(kind: Kind, out: Any, result: NativeArray, lse: NativeArray | None) ->
     if out is not None:
         returned = out
     return returned if lse is None else (returned, kind.give(lse))
+
+
+def _attention_vjp(
+    q: Any, k: Any, v: Any, *, bias: Any, out: Any, return_lse: bool, options: Options | None, **scores: Any
+) -> tuple[Any, Pullback]:
+    return _differentiate(*_dense(q, k, v, bias, out, check.scores(**scores), return_lse), return_lse, options)
+
+
+def _attention_varlen_vjp(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    *,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    bias: Any,
+    out: Any,
+    return_lse: bool,
+    options: Options | None,
+    **scores: Any,
+) -> tuple[Any, Pullback]:
+    asked = check.scores(**scores)
+    cu_seqlens, max_seqlens = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+    kind, question = _packed(q, k, v, bias, out, cu_seqlens, max_seqlens, asked, return_lse)
+    return _differentiate(kind, question, return_lse, options)
+
+
+def _differentiate(
+    kind: Kind, question: _Question, return_lse: bool, options: Options | None
+) -> tuple[Any, Pullback]:
+    out, lse, native_pullback = backward.run(*question, options)
+
+    def pullback(cotangent: Any) -> tuple[Any, ...]:
+        names = ("cotangent[0]", "cotangent[1]") if return_lse else ("cotangent",)
+        _, cotangents = gather(names, cotangent if return_lse else (cotangent,))
+        return tuple(map(kind.give, native_pullback(*cotangents)))
+
+    result = kind.give(out)
+    return ((result, kind.give(lse)) if return_lse else result), pullback
+
+
+register(attention, _attention_vjp)
+register(attention_varlen, _attention_varlen_vjp)

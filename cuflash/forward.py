@@ -221,26 +221,26 @@ def _run_on_cpu(prepared: Prepared, operands: Operands, return_lse: bool) -> tup
     if 0 not in prepared.lse_shape:
         forward(
             problem,
-            _normal(q, problem.varlen),
-            _normal(k, problem.varlen),
-            _normal(v, problem.varlen),
-            None if bias is None else _full_bias(bias, problem),
+            normal(q, problem.varlen),
+            normal(k, problem.varlen),
+            normal(v, problem.varlen),
+            None if bias is None else full_bias(bias, problem),
             cu_seqlens_q,
             cu_seqlens_k,
-            _normal(out, problem.varlen),
+            normal(out, problem.varlen),
             lse if lse is None or problem.varlen else lse.reshape(problem.batch, problem.num_heads, problem.seqlen_q),
         )
     return out, lse
 
 
-def _normal(array: np.ndarray, varlen: bool) -> np.ndarray:
+def normal(array: np.ndarray, varlen: bool) -> np.ndarray:
     """View as (batch, seqlen, heads, dim), packed (tokens, heads, dim)."""
     if varlen or array.ndim == 4:
         return array
     return array[None] if array.ndim == 3 else array[None, :, None, :]
 
 
-def _full_bias(bias: np.ndarray, problem: Problem) -> np.ndarray:
+def full_bias(bias: np.ndarray, problem: Problem) -> np.ndarray:
     """View as (batch, num_heads, seqlen_q, seqlen_k); of a longer sequence axis of a packed problem the beginning."""
     lengths = (problem.seqlen_q, problem.seqlen_k)
     cut = tuple(

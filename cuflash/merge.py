@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cuflash import records
+from cuflash import backward, records
 from cuflash.arrays import Kind, device_of, gather, kind_of
 from cuflash.check import DTYPE_NAMES, KERNEL_BIAS_DTYPES
 from cuflash.device import Call, Device
@@ -16,6 +16,7 @@ from cuflash.errors import InvalidDtypeError, InvalidShapeError, InvalidTypeErro
 from cuflash.layout import Layout, NativeArray, contiguous_strides, layout
 from cuflash.plan.config import MAX_SPLITS
 from cuflash.plan.forward import plan_combine
+from cuflash.vjp import Pullback, register
 
 FLOAT32 = np.dtype(np.float32)
 
@@ -57,18 +58,24 @@ def merge_states(outs: Any, lses: Any) -> tuple[Any, Any]:
     >>> bool(np.allclose(out, cuflash.attention(q, k, v)))
     True
     """
-    kind, out_names, out_arrays = _states("outs", outs)
-    lse_kind, lse_names, lse_arrays = _states("lses", lses)
-    if lse_kind is not kind:
-        raise InvalidTypeError(f"lses are of kind {lse_kind.name}: must be of kind {kind.name}, as outs are")
-    device = device_of(kind, (*out_names, *lse_names), (*out_arrays, *lse_arrays))
-    _check(out_names, out_arrays, lse_names, lse_arrays, device)
+    kind, device, out_arrays, lse_arrays = _take(outs, lses)
     if device is None:
         out, lse = _merge_on_cpu(out_arrays, lse_arrays)
     else:
         with device.call() as call:
             out, lse = _merge_on_device(device, call, out_arrays, lse_arrays)
     return kind.give(out), kind.give(lse)
+
+
+def _take(outs: Any, lses: Any) -> tuple[Kind, Device | None, list[NativeArray], list[NativeArray]]:
+    """The checked states as native arrays."""
+    kind, out_names, out_arrays = _states("outs", outs)
+    lse_kind, lse_names, lse_arrays = _states("lses", lses)
+    if lse_kind is not kind:
+        raise InvalidTypeError(f"lses are of kind {lse_kind.name}: must be of kind {kind.name}, as outs are")
+    device = device_of(kind, (*out_names, *lse_names), (*out_arrays, *lse_arrays))
+    _check(out_names, out_arrays, lse_names, lse_arrays, device)
+    return kind, device, out_arrays, lse_arrays
 
 
 def _states(name: str, value: Any) -> tuple[Kind, list[str], list[NativeArray]]:
@@ -127,20 +134,66 @@ def _check_dtype(name: str, dtype: np.dtype, allowed: Sequence[str], device: Dev
 
 
 def _merge_on_cpu(outs: Sequence[np.ndarray], lses: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """lse = m + log Σ exp(lse_i - m) with m the largest, 0 in its place where all are -inf."""
+    weights, lse = _weights(lses)
+    accumulated: np.ndarray = np.zeros(outs[0].shape, _sum_dtype(outs, lses))
+    for out, weight in zip(outs, weights, strict=True):
+        accumulated += _weigh(weight, out.astype(accumulated.dtype))
+    return accumulated.astype(outs[0].dtype), lse
+
+
+def _sum_dtype(outs: Sequence[np.ndarray], lses: Sequence[np.ndarray]) -> type:
+    return np.float64 if np.float64 in (outs[0].dtype, lses[0].dtype) else np.float32
+
+
+def _weights(lses: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
+    """exp(lse_i - lse), and lse = m + log Σ exp(lse_i - m) with m the largest, 0 in its place where all are -inf."""
     m = np.maximum.reduce(lses)
     m = np.where(np.isneginf(m), 0, m).astype(m.dtype)
     terms = [np.exp(lse - m) for lse in lses]
     total = sum(terms)
-    empty = total == 0
     with np.errstate(divide="ignore"):
         lse = m + np.log(total)
-    accumulated = np.zeros(outs[0].shape, np.float64 if np.float64 in (outs[0].dtype, m.dtype) else np.float32)
-    for out, term in zip(outs, terms, strict=True):
-        weight = term / np.where(empty, 1, total)
-        weight = (weight if weight.ndim == 1 else np.swapaxes(weight, -1, -2))[..., None]
-        accumulated += np.where(weight == 0, 0, weight * out.astype(accumulated.dtype))
-    return accumulated.astype(outs[0].dtype), lse
+    return [term / np.where(total == 0, 1, total) for term in terms], lse
+
+
+def _weigh(weight: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """values (tokens, dim) times weight (tokens,), with axes for heads and batch between; 0 where the weight is."""
+    weight = _by_token(weight)[..., None]
+    return np.where(weight == 0, 0, weight * values)
+
+
+def _by_token(of_rows: np.ndarray) -> np.ndarray:
+    """The shape of an lse to that of an out without its last axis; and back."""
+    return of_rows if of_rows.ndim == 1 else np.swapaxes(of_rows, -1, -2)
+
+
+def _merge_states_vjp(outs: Any, lses: Any) -> tuple[tuple[Any, Any], Pullback]:
+    """With w_i = exp(lse_i - lse): dout_i = w_i dO, dlse_i = w_i (rowsum(dO ∘ (out_i - out)) + dlse)."""
+    kind, device, out_arrays, lse_arrays = _take(outs, lses)
+    backward.check_device(device)
+    out, lse = _merge_on_cpu(out_arrays, lse_arrays)
+
+    def pullback(cotangent: Any) -> tuple[Any, Any]:
+        native: list[NativeArray] = gather(("cotangent[0]", "cotangent[1]"), cotangent)[1]
+        dout, dlse = native[0].astype(_sum_dtype(out_arrays, lse_arrays)), native[1]
+        weights, _ = _weights(lse_arrays)
+        dots = [_by_token((dout * state).sum(axis=-1)) for state in out_arrays]
+        dots = [np.where(weight == 0, 0, dot) for weight, dot in zip(weights, dots, strict=True)]
+        delta = sum(weight * dot for weight, dot in zip(weights, dots, strict=True))  # rowsum(dO ∘ O)
+        of_lses = [np.where(w == 0, 0, w * (dot - delta + dlse)) for w, dot in zip(weights, dots, strict=True)]
+        return (
+            _give_like(outs, kind, [_weigh(weight, dout).astype(out.dtype) for weight in weights]),
+            _give_like(lses, kind, [gradient.astype(lse.dtype) for gradient in of_lses]),
+        )
+
+    return (kind.give(out), kind.give(lse)), pullback
+
+
+def _give_like(states: Any, kind: Kind, gradients: list[np.ndarray]) -> Any:
+    """Gradients as the states came: a list, a tuple or one stacked array."""
+    if isinstance(states, tuple | list):
+        return type(states)(map(kind.give, gradients))
+    return kind.give(np.stack(gradients))
 
 
 class _States(NamedTuple):
@@ -216,3 +269,6 @@ def _combine(device: Device, states: _States, out: Layout, out_address: int, lse
     record["o"], record["lse"] = out_address, lse_address
     launch = plan_combine(states.dtype, DTYPE_NAMES[out.dtype], head_dim_v, batch * tokens * heads)
     device.load(launch)(record.reshape(1))
+
+
+register(merge_states, _merge_states_vjp)

@@ -18,14 +18,15 @@ ROOT = Path(cuflash.__file__).parent
 # Each module imports only from layers before its own, or from its own package; "cuflash" is the top.
 LAYERS = (
     ("errors", "emulator"),
-    ("layout", "dlpack", "plan.arch", "plan.config", "plan.params", "plan.gpus"),
+    ("layout", "dlpack", "vjp", "plan.arch", "plan.config", "plan.params", "plan.gpus"),
     ("problem", "options"),
     ("plan",),
-    ("check", "records", "jit", "cpu", "reference"),
-    ("io_model", "device"),
+    ("check", "records", "jit", "cpu"),
+    ("io_model", "device", "reference"),
     ("arrays",),
     ("packing",),
     ("forward",),
+    ("backward",),
     ("attention", "merge"),
     ("",),  # cuflash itself
     ("cli",),
@@ -185,7 +186,7 @@ def test_docstrings_of_cuflash_run() -> None:
     """The examples of the public docstrings, as they stand."""
     import doctest
 
-    for name in ("attention", "attention_varlen", "merge_states"):
+    for name in ("attention", "attention_varlen", "merge_states", "vjp"):
         function = getattr(cuflash, name)
         runner = doctest.DocTestRunner()
         for test in doctest.DocTestFinder().find(function, name, globs={"np": np, "cuflash": cuflash}):

@@ -5,5 +5,9 @@
 
 from cuflash.reference.chunked import chunked_attention, chunked_attention_vjp
 from cuflash.reference.standard import standard_attention, standard_attention_vjp
+from cuflash.vjp import register
+
+register(standard_attention, standard_attention_vjp)
+register(chunked_attention, chunked_attention_vjp)
 
 __all__ = ["chunked_attention", "chunked_attention_vjp", "standard_attention", "standard_attention_vjp"]

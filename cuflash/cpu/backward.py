@@ -1,0 +1,312 @@
+"""Gradients of attention on NumPy arrays: FlashAttention-2's backward over BLAS, in memory linear in the lengths.
+
+A work item is a range of queries of one head. For each tile of keys, and each block of queries that sees it:
+
+    P  = exp(S - lse), S = scale Q Kᵀ    the probabilities, once more
+    dV += Pᵀ dO
+    dS = P ∘ (dO Vᵀ - Δ)                 Δ = rowsum(dO ∘ O) - dlse
+    dQ += scale dS K, dK += scale dSᵀ Q, dbias += dS
+
+-lse and -Δ are one more column of Q and of dO against ones in K and V, so that no pass over the scores subtracts them.
+dQ of an item is final. Its dK, dV and dbias are parts of sums (`cuflash.cpu.sums`): the result depends neither on the
+number of threads nor on which of them is faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from threading import Lock
+from typing import NamedTuple
+
+import numpy as np
+
+from cuflash.cpu.sums import BiasSum, KeySum
+from cuflash.cpu.threads import num_threads, run_all
+from cuflash.cpu.tiles import (
+    MAX_MATVEC,
+    MAX_PRODUCT,
+    MAX_ROWS,
+    add_bias,
+    groups_that_see,
+    hide,
+    keys_of_a_tile,
+    sum_dtype,
+)
+from cuflash.problem import Problem
+
+BLOCK_GROUPS = 4  # groups of rows whose scores are made together: P and dS of a block stay in L2
+MIN_ITEMS = 32  # items are made small to have that many
+SMALL = 2**15  # scores below which threads cost more than they save
+
+
+class Arrays(NamedTuple):
+    """What a gradient is made of and where it goes, for a whole problem or, without the batch axis, one sequence."""
+
+    q: np.ndarray  # (batch, seqlen_q, num_heads, head_dim), packed (tokens, num_heads, head_dim)
+    k: np.ndarray
+    v: np.ndarray
+    bias: np.ndarray | None  # (batch, num_heads, seqlen_q, seqlen_k), strides 0 where broadcast
+    out: np.ndarray
+    lse: np.ndarray  # (batch, num_heads, seqlen_q), packed (num_heads, tokens)
+    dout: np.ndarray
+    dlse: np.ndarray | None
+    dq: np.ndarray
+    dk: np.ndarray
+    dv: np.ndarray
+
+    def sequence(self, i: int, cu_seqlens_q: np.ndarray | None, cu_seqlens_k: np.ndarray | None) -> Arrays:
+        """Views of batch entry i, or of packed sequence i."""
+        rows: int | slice = i
+        keys: int | slice = i
+        heads: int | tuple[slice, slice] = i
+        if cu_seqlens_q is not None and cu_seqlens_k is not None:
+            rows, keys = slice(*cu_seqlens_q[i : i + 2]), slice(*cu_seqlens_k[i : i + 2])
+            heads = slice(None), rows
+        return Arrays(
+            self.q[rows],
+            self.k[keys],
+            self.v[keys],
+            None if self.bias is None else self.bias[i],
+            self.out[rows],
+            self.lse[heads],
+            self.dout[rows],
+            None if self.dlse is None else self.dlse[heads],
+            self.dq[rows],
+            self.dk[keys],
+            self.dv[keys],
+        )
+
+
+def backward(
+    problem: Problem,
+    arrays: Arrays,
+    cu_seqlens_q: np.ndarray | None,
+    cu_seqlens_k: np.ndarray | None,
+    dbias: np.ndarray | None,
+) -> None:
+    """Compute the gradients of `problem` into dq, dk, dv and dbias.
+
+    Parameters
+    ----------
+    arrays : Arrays
+        out and lse as `cuflash.cpu.forward.forward` left them, their cotangents dout and dlse, any strides; and
+        dq, dk, dv, all zeros, which are written where a query sees a key. Sums are in float32, in float64 for float64.
+    cu_seqlens_q, cu_seqlens_k : int64 array (batch + 1,)
+        Of a packed problem.
+    dbias : array of rank 4, optional
+        Zeros of the bias's own shape; along an axis of length 1 the gradients are added.
+    """
+    sequences = [arrays.sequence(i, cu_seqlens_q, cu_seqlens_k) for i in range(problem.batch)]
+    scores = problem.num_heads * sum(s.q.shape[0] * s.k.shape[0] for s in sequences)
+    bias_sum = None if dbias is None else BiasSum(problem, dbias)
+    run_all(_items(problem, sequences, bias_sum), 1 if scores < SMALL else num_threads())
+    if bias_sum is not None:
+        bias_sum.write()
+
+
+def _items(problem: Problem, sequences: list[Arrays], bias_sum: BiasSum | None) -> Iterator[Callable[[], None]]:
+    """One item per head and range of queries; those that share keys follow each other, longest causal ones first."""
+    wanted_rows = problem.num_heads * sum(s.q.shape[0] for s in sequences) // MIN_ITEMS
+    if bias_sum is not None and bias_sum.part_is_as_large_as_scores:
+        wanted_rows = 0
+    for i, sequence in enumerate(sequences):
+        len_q, len_k = sequence.q.shape[0], sequence.k.shape[0]
+        key_range = problem.key_range(0, len_q, len_q, len_k)
+        if len_q == 0 or key_range[0] >= key_range[1]:
+            continue
+        rows = -(-len_q // -(-len_q // MAX_ROWS))
+        item_rows = rows * max(BLOCK_GROUPS, wanted_rows // rows)
+        begins = range(0, len_q, item_rows)
+        for kv_head in range(problem.num_kv_heads):
+            keys = _Keys(problem, sequence, kv_head, *key_range, rows, problem.group * len(begins))
+            turn = 0
+            for head in range(kv_head * problem.group, (kv_head + 1) * problem.group):
+                for begin in reversed(begins):
+                    end = min(begin + item_rows, len_q)
+                    yield _Item(problem, sequence, keys, turn, bias_sum, (i, head), begin, end).run
+                    turn += 1
+
+
+class _Tile(NamedTuple):
+    """Keys [begin, end)."""
+
+    begin: int
+    end: int
+    k_t: np.ndarray  # (head_dim + 1, end - begin), ones in the last row
+    v_t: np.ndarray  # (head_dim_v + 1, end - begin), ones in the last row; keys that are not finite are zero
+    k: np.ndarray  # (end - begin, head_dim); keys that are not finite are zero
+
+
+class _Keys:
+    """Keys [begin, end) of one key/value head, packed by the first item that needs them and shared by all.
+
+    Keys outside of the range are never read.
+    """
+
+    def __init__(
+        self, problem: Problem, sequence: Arrays, head: int, begin: int, end: int, rows: int, items: int
+    ) -> None:
+        self.rows, self.tile = rows, keys_of_a_tile(rows, max(problem.head_dim, problem.head_dim_v) + 1)
+        self._begin, self._end, self._dtype = begin, end, sum_dtype(problem)
+        self._k, self._v = sequence.k[:, head], sequence.v[:, head]
+        self.sum = KeySum(sequence.dk[:, head], sequence.dv[:, head], items, self._dtype)
+        self._lock = Lock()
+        self._tiles: list[_Tile] = []
+
+    def pack(self) -> None:
+        with self._lock:
+            if not self._tiles:
+                begins = range(self._begin, self._end, self.tile)
+                self._tiles = [self._pack(begin, min(begin + self.tile, self._end)) for begin in begins]
+
+    def _pack(self, begin: int, end: int) -> _Tile:
+        k: np.ndarray = self._k[begin:end].astype(self._dtype, order="C")
+        v: np.ndarray = self._v[begin:end].astype(self._dtype, order="C")
+        k_t, v_t = (np.ones((x.shape[1] + 1, x.shape[0]), self._dtype) for x in (k, v))
+        k_t[:-1] = k.T
+        for x in k, v:  # 0 * NaN is NaN: a pair that is hidden, dS = 0, must add nothing
+            x[~np.isfinite(x).all(axis=1)] = 0
+        v_t[:-1] = v.T
+        return _Tile(begin, end, k_t, v_t, k)
+
+    def tiles(self, begin: int, end: int) -> Iterator[_Tile]:
+        """The tiles that hold keys [begin, end), a part of what is packed; the first and the last are cut to it."""
+        for tile in self._tiles[(begin - self._begin) // self.tile : -(-(end - self._begin) // self.tile)]:
+            first, last = max(begin, tile.begin), min(end, tile.end)
+            part = slice(first - tile.begin, last - tile.begin)
+            yield _Tile(first, last, tile.k_t[:, part], tile.v_t[:, part], tile.k[part])
+
+
+class _Item:
+    """Queries [begin, end) of one head against all their keys.
+
+    The queries are groups of `rows`, the last padded with zeros: Q | -lse (groups, rows, head_dim + 1),
+    dO | -Δ (groups, rows, head_dim_v + 1), dQ (groups, rows, head_dim).
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        sequence: Arrays,
+        keys: _Keys,
+        turn: int,
+        bias_sum: BiasSum | None,
+        place: tuple[int, int],
+        begin: int,
+        end: int,
+    ) -> None:
+        self.problem, self.sequence, self.keys, self.turn, self.bias_sum = problem, sequence, keys, turn, bias_sum
+        self.head, self.begin, self.end = place[1], begin, end
+        len_q, len_k = sequence.q.shape[0], sequence.k.shape[0]
+        # Query `begin` sees keys low to high of an unbounded sequence, each later one one further.
+        diagonal = begin + len_k - len_q
+        self.low = None if problem.left is None else diagonal - problem.left
+        self.high = None if problem.right is None else diagonal + problem.right
+        first, last = problem.key_range(begin, end, len_q, len_k)
+        self.seen = slice(first, max(first, last))
+        self.place = (*place, slice(begin, end), self.seen)
+        self.bias_turn = 0 if bias_sum is None else bias_sum.turn()
+
+    def run(self) -> None:
+        problem, sequence, seen = self.problem, self.sequence, self.seen
+        dtype = sum_dtype(problem)
+        self.keys.pack()
+        self._begin_state(dtype)
+        dk: np.ndarray = np.zeros((seen.stop - seen.start, problem.head_dim), dtype)
+        dv: np.ndarray = np.zeros((seen.stop - seen.start, problem.head_dim_v), dtype)
+        if self.bias_sum is not None:
+            self.dbias = self.bias_sum.part(self.place)
+        if seen.start < seen.stop:
+            for tile in self.keys.tiles(seen.start, seen.stop):
+                own = slice(tile.begin - seen.start, tile.end - seen.start)
+                for first in range(0, len(self.q), BLOCK_GROUPS):
+                    self._add(tile, first, min(first + BLOCK_GROUPS, len(self.q)), dk[own], dv[own])
+        self.dq *= problem.scale
+        sequence.dq[self.begin : self.end, self.head] = self.dq.reshape(-1, problem.head_dim)[: self.end - self.begin]
+        if problem.softcap:
+            dk *= problem.softcap  # of the scale, Q has only scale / softcap
+        self.keys.sum.give(self.turn, seen, (dk, dv))
+        if self.bias_sum is not None:
+            self.bias_sum.give(self.bias_turn, self.place, self.dbias)
+
+    def _begin_state(self, dtype: type) -> None:
+        problem, sequence, rows = self.problem, self.sequence, self.keys.rows
+        count, own = self.end - self.begin, (slice(self.begin, self.end), self.head)
+        size = -(-count // rows) * rows
+        q: np.ndarray = np.zeros((size, problem.head_dim + 1), dtype)
+        dout: np.ndarray = np.zeros((size, problem.head_dim_v + 1), dtype)
+        lse: np.ndarray = np.full(size, np.inf, dtype)  # of the padding: P = 0
+        q[:count, :-1] = sequence.q[own]
+        q *= problem.scale / (problem.softcap or 1)
+        dout[:count, :-1] = sequence.dout[own]
+        delta = np.einsum("nd,nd->n", dout[:count, :-1], sequence.out[own].astype(dtype))  # Δ = rowsum(dO ∘ O)
+        if sequence.dlse is not None:
+            delta -= sequence.dlse[self.head, self.begin : self.end]
+        dout[:count, -1] = -delta
+        lse[:count] = sequence.lse[self.head, self.begin : self.end]
+        empty = np.isneginf(lse)  # rows that see nothing: P = 0, and what they hold is not read
+        lse[empty], q[empty], dout[empty] = np.inf, 0, 0
+        if not problem.softcap:  # tanh comes before lse
+            q[:, -1] = -lse
+        self.q, self.dout = q.reshape(-1, rows, q.shape[1]), dout.reshape(-1, rows, dout.shape[1])
+        self.lse = lse.reshape(-1, rows, 1)
+        self.dq: np.ndarray = np.zeros((*self.q.shape[:2], problem.head_dim), dtype)
+        block = min(BLOCK_GROUPS, len(self.q)) * rows
+        self.scores: np.ndarray = np.empty((3 if problem.softcap else 2, block * self.keys.tile), dtype)
+        widest = max(problem.head_dim, problem.head_dim_v)
+        self.products: np.ndarray = np.empty(max(block, self.keys.tile) * widest, dtype)
+        # Keys of a product with all queries of a block that stays on the calling thread.
+        self.width = max(1, min(MAX_MATVEC, MAX_PRODUCT // max(1, widest)) // block // 8 * 8)
+
+    def _add(self, tile: _Tile, first: int, last: int, dk: np.ndarray, dv: np.ndarray) -> None:
+        """One tile of keys against groups [first, last): those that see none are left out, those on an edge masked."""
+        problem, n, rows = self.problem, tile.end - tile.begin, self.keys.rows
+        low = None if self.low is None else self.low - tile.begin
+        high = None if self.high is None else self.high - tile.begin
+        seeing = groups_that_see(n, len(self.q), rows, low, high)
+        first, last = max(first, seeing[0]), min(last, seeing[1])
+        if first >= last:
+            return
+        q, dout, dq = self.q[first:last], self.dout[first:last], self.dq[first:last]
+        shape = len(q), rows, n
+        p, ds, *slope = (x[: len(q) * rows * n].reshape(shape) for x in self.scores)
+        np.matmul(q, tile.k_t, out=p)  # S - lse
+        if problem.softcap:
+            np.tanh(p, out=slope[0])
+            np.multiply(slope[0], problem.softcap, out=p)
+            p -= self.lse[first:last]
+            np.square(slope[0], out=slope[0])
+            np.subtract(1, slope[0], out=slope[0])
+        begin = first * rows
+        end = min(last * rows, self.end - self.begin)
+        if self.sequence.bias is not None:
+            queries = slice(self.begin + begin, self.begin + end)
+            add_bias(p, self.sequence.bias[self.head, queries, tile.begin : tile.end])
+        np.exp(p, out=p)  # P = exp(S - lse)
+        hide(p, low, high, first, 0)
+        self._add_over_queries(dv, p, dout)  # dV += Pᵀ dO
+        np.matmul(dout, tile.v_t, out=ds)  # dP - Δ
+        ds *= p  # dS = P ∘ (dP - Δ)
+        hide(ds, low, high, first, 0)
+        if self.bias_sum is not None:
+            self.bias_sum.add(self.dbias, ds.reshape(-1, n)[: end - begin], begin, tile.begin - self.seen.start)
+        if problem.softcap:
+            ds *= slope[0]
+        product = self.products[: dq.size].reshape(dq.shape)
+        dq += np.matmul(ds, tile.k, out=product)  # dQ += dS K
+        self._add_over_queries(dk, ds, q)  # dK += dSᵀ Q
+
+    def _add_over_queries(self, total: np.ndarray, x: np.ndarray, y: np.ndarray) -> None:
+        """total (n, dim) += xᵀ y over all queries, x (groups, rows, n), y (groups, rows, dim + 1) less its last column.
+
+        A stack of products over the keys, not over the queries: nothing but the product itself is left to add.
+        """
+        n, dim = total.shape
+        x, y = x.reshape(-1, n), y.reshape(-1, dim + 1)[:, :-1]
+        whole = n // self.width * self.width
+        product = self.products[: n * dim].reshape(n, dim)
+        stack = x[:, :whole].reshape(len(x), -1, self.width).transpose(1, 2, 0)
+        np.matmul(stack, y, out=product[:whole].reshape(-1, self.width, dim))
+        if whole < n:
+            np.matmul(x[:, whole:].T, y, out=product[whole:])
+        total += product
