@@ -87,6 +87,7 @@ class CopyQueue:
         lengths = np.minimum(lanes.flat(np.asarray(length), mask), size)
         word = min(size, 8)
         data = np.zeros((len(address), size // word), f"u{word}")
+        offsets, reads = address.view(np.int64) - GLOBAL_BASE, lengths > 0
         for count in np.unique(lengths):
             if count == 0:
                 continue
@@ -96,9 +97,8 @@ class CopyQueue:
             if chosen.all():
                 part, chosen = every, slice(None)
             width = size if count == size else 1
-            check_alignment(lanes, site, address[chosen].view(np.int64) - GLOBAL_BASE, size, part, memory.describe)
+            check_alignment(lanes, site, offsets[chosen], size, part, memory.describe)
             starts = memory.locate(lanes, site, address[chosen], width, part, OWNED | WRITTEN, "read", flat=True)
-            counters.global_access(lanes, starts, int(count), part, False)
             if width == size:
                 view = memory.data.view(f"u{word}").reshape(-1)
                 index = starts >> (word.bit_length() - 1)
@@ -110,6 +110,10 @@ class CopyQueue:
                 memory.locate(lanes, site, address[chosen] + np.uint64(k), 1, part, OWNED | WRITTEN, "read", flat=True)
                 target[:, k] = memory.data[starts + k]
             data[chosen] = target.view(f"u{word}")
+        if reads.any():
+            readers = every.copy()
+            readers[every] = reads
+            counters.global_access(lanes, offsets[reads], lengths[reads], readers, False)
         return data
 
     def wait(self, lanes: Lanes, newest: int | None, guard: np.ndarray | None) -> None:

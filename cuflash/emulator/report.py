@@ -80,20 +80,21 @@ class Counters:
         self.code_warps[code.block.index] += lanes.warp_count
 
     def global_access(
-        self, lanes: Lanes, offsets: np.ndarray, width: int, mask: np.ndarray | None, write: bool
+        self, lanes: Lanes, offsets: np.ndarray, width: int | np.ndarray, mask: np.ndarray | None, write: bool
     ) -> None:
-        """Lanes read or write `width` bytes each at offsets picked by mask; without one an offset may stand for many
-        lanes."""
+        """Lanes read or write `width` bytes each (or one number per lane) at offsets picked by mask; without one an
+        offset may stand for many lanes."""
+        widths = np.broadcast_to(width, offsets.shape)
         weight = lanes.weight(offsets, mask)
         starts = self.memory.starts
         first, last = (bisect_right(starts, int(x)) - 1 for x in (offsets.min(), offsets.max()))
         if first == last:
-            self.bytes[write][starts[first]] += np.size(offsets) * weight * width
+            self.bytes[write][starts[first]] += int(widths.sum()) * weight
         else:
             which = np.searchsorted(starts, np.reshape(offsets, -1), "right") - 1
-            for number, count in enumerate(np.bincount(which)):
-                if count:
-                    self.bytes[write][starts[number]] += int(count) * weight * width
+            for number, total in enumerate(np.bincount(which, widths.reshape(-1))):
+                if total:
+                    self.bytes[write][starts[number]] += int(total) * weight
         self.sectors[write] += self._sectors(lanes, offsets >> SECTOR_SHIFT, mask)
 
     def _sectors(self, lanes: Lanes, sector: np.ndarray, mask: np.ndarray | None) -> int:

@@ -71,7 +71,7 @@ PROGRAMS = {
         Race,
         "y[i + FIX] = i;",
         "64 * blockIdx.x",
-        r"write at global address .* 'y' .* races with a write by thread .* of block .*,\n    which is at .*: st\.global",
+        r"write at global .* 'y' .* races with a write by thread .* of block .*,\n    which is at .*: st\.global",
     ),
     "two threads write the same global bytes": (Race, "y[i + 64 * blockIdx.x - FIX] = i;", "0", "'y'"),
     "copy not waited for": (

@@ -73,6 +73,58 @@ def test_bank_conflicts_of_loads(width: str, stride: int, wavefronts: int, ideal
     assert report.shared_bytes == 4352 * 4
 
 
+STORES = {"float": "1.0f", "float2": "float2{1, 2}", "float4": "float4{1, 2, 3, 4}"}
+
+
+@pytest.mark.parametrize(
+    ("width", "stride", "wavefronts", "ideal"),
+    [
+        ("float", 1, 1, 1),
+        ("float", 4, 4, 1),
+        ("float2", 1, 2, 2),
+        ("float2", 16, 32, 2),  # a half-warp at a time, all of it in the same two banks
+        ("float4", 1, 4, 4),
+        ("float4", 2, 8, 4),  # a quarter-warp at a time, in four of eight groups of banks
+        ("float4", 9, 4, 4),  # the padding that spreads rows of 128 bytes
+    ],
+)
+def test_bank_conflicts_of_stores(width: str, stride: int, wavefronts: int, ideal: int) -> None:
+    source = f"""
+    extern "C" __global__ void kernel(float* y) {{
+      extern __shared__ __align__(16) float s[];
+      (({width}*)s)[(threadIdx.x % 32) * {stride}] = {STORES[width]};
+      __syncthreads();
+      y[threadIdx.x] = *(volatile float*)s;
+    }}
+    """
+    _, report = run_cuda(source, {"y": np.empty(32, np.float32)}, shared_bytes=32 * stride * 16, outputs=("y",))
+    assert report.shared_wavefronts == wavefronts + 1  # one for the load that all lanes share
+    assert report.bank_conflicts == wavefronts - ideal
+
+
+@pytest.mark.parametrize(
+    ("size", "pitch", "wavefronts", "ideal"), [(16, 16, 4, 4), (16, 128, 32, 4), (4, 8, 2, 1), (8, 8, 2, 2)]
+)
+def test_counts_of_asynchronous_copies(size: int, pitch: int, wavefronts: int, ideal: int) -> None:
+    """Lane i asks for i % (size + 1) bytes of `size`: zero-filled bytes and lanes that read nothing do not count."""
+    source = f"""
+    extern "C" __global__ void kernel(const char* x, int* y) {{
+      extern __shared__ __align__(16) char s[]; int i = threadIdx.x;
+      asm volatile("cp.async.{"cg" if size == 16 else "ca"}.shared.global [%0], [%1], {size}, %2; cp.async.wait_all;"
+        :: "r"((unsigned)__cvta_generic_to_shared(s + {pitch} * i)), "l"(x + {size} * i), "r"(i % {size + 1})
+        : "memory");
+      y[i] = i;
+    }}
+    """
+    arrays = {"x": np.zeros(32 * size, np.int8), "y": np.empty(32, np.int32)}
+    _, report = run_cuda(source, arrays, shared_bytes=32 * pitch, outputs=("y",))
+    lengths = [i % (size + 1) for i in range(32)]
+    assert dict(report.read_by_array) == {"x": sum(lengths)}
+    assert report.sectors_read == len({size * i // 32 for i in range(32) if lengths[i]})
+    assert report.async_copies == 32
+    assert (report.shared_wavefronts, report.bank_conflicts) == (wavefronts, wavefronts - ideal)
+
+
 @pytest.mark.parametrize(("pitch", "conflicts"), [(64, 7), (72, 0), (32, 3)])
 def test_bank_conflicts_of_matrices(pitch: int, conflicts: int) -> None:
     """Rows of 16 bytes at a pitch of 128 bytes all lie in the same four banks."""
