@@ -56,6 +56,4 @@ def arch_of_capability(major: int, minor: int) -> Arch:
     for arch in sorted(ARCHS.values(), key=lambda a: -a.capability):
         if arch.capability // 10 == major and arch.capability % 10 <= minor:
             return arch
-    raise InvalidValueError(
-        f"compute capability {major}.{minor}: must be one that runs code for {', '.join(ARCHS)}"
-    )
+    raise InvalidValueError(f"compute capability {major}.{minor}: must be one that runs code for {', '.join(ARCHS)}")

@@ -55,7 +55,8 @@ class ForwardConfig:
         require(self.num_warps in (1, 2, 4, 8), "num_warps", "1, 2, 4 or 8")
         require(
             self.block_m > 0 and self.block_m % (16 * self.num_warps) == 0,
-            "block_m", f"a multiple of 16 * num_warps = {16 * self.num_warps}",
+            "block_m",
+            f"a multiple of 16 * num_warps = {16 * self.num_warps}",
         )
         require(self.block_n > 0 and self.block_n % 16 == 0, "block_n", "a multiple of 16")
         require(self.block_dv % 16 == 0 and 16 <= self.block_dv <= 256, "block_dv", "a multiple of 16 up to 256")

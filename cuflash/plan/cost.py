@@ -111,6 +111,6 @@ def _tile_clocks(config: ForwardConfig, busy: int) -> float:
     rescale = config.block_m * config.block_dv / FLOAT_OPS
     fixed = 32 * config.num_warps * TILE_OPS / FLOAT_OPS + BARRIER_CLOCKS * (2 if config.num_stages == 1 else 1)
     overlap = min(busy, 2)  # one block's softmax runs under another's products
-    return max(products, (fragments + loads) / SHARED_BYTES, loads / GLOBAL_BYTES) + (
-        softmax + rescale + fixed
-    ) / overlap
+    return (
+        max(products, (fragments + loads) / SHARED_BYTES, loads / GLOBAL_BYTES) + (softmax + rescale + fixed) / overlap
+    )

@@ -1,7 +1,7 @@
 """Global memory that the launches of a plan read and write, exact to the byte, by array.
 
-A byte counts as often as an instruction asks for it: what two blocks read counts twice, whether or not a cache holds it.
-What the kernels do, and this module therefore counts:
+A byte counts as often as an instruction asks for it: what two blocks read counts twice, in a cache or not. What the
+kernels do, and this module therefore counts:
 
 - a block reads its queries once, unless it has no key tile to visit;
 - of the keys and values it reads those of `Problem.key_range`, once per chunk of output columns (values: its chunk's

@@ -1,4 +1,4 @@
-"""Launches kernels directly on an emulated device, with records written here from the declarations in plan/params.py."""
+"""Launches kernels directly on an emulated device, with records written here as plan/params.py declares them."""
 
 from __future__ import annotations
 

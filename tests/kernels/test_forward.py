@@ -1,5 +1,6 @@
 """The forward and combine kernels, launched directly on the emulated device: every field of the configuration."""
 
+from contextlib import suppress
 from dataclasses import replace
 
 import ml_dtypes
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from cuflash.emulator import Device
+from cuflash.emulator.faults import Uninitialized
 from cuflash.options import Options
 from cuflash.plan.config import ForwardConfig
 from tests.kernels.launch import run_forward
@@ -35,9 +37,7 @@ def inputs(seqlen_q=100, seqlen_k=150, heads=2, kv_heads=1, head_dim=64, head_di
 def check(arrays, config=None, num_splits=None, cu_seqlens=None, device=None, load_bytes=None, **keywords):
     """Runs the kernel and holds it to the oracle; whole chunks do not conflict in shared memory."""
     options = Options(config=config, num_splits=num_splits)
-    run = run_forward(
-        *arrays, cu_seqlens=cu_seqlens, options=options, device=device, load_bytes=load_bytes, **keywords
-    )
+    run = run_forward(*arrays, cu_seqlens=cu_seqlens, options=options, device=device, load_bytes=load_bytes, **keywords)
     assert_attention(run.out, run.lse, *arrays, cu_seqlens=cu_seqlens, **keywords)
     if run.plan.forward.config.load_bytes in (2, 16):  # copies of 4 and 8 bytes leave gaps
         assert all(report.bank_conflicts == 0 for report in run.reports)
@@ -175,10 +175,8 @@ def test_wrong_cu_seqlens_stay_inside_the_arrays(ends_q, ends_k):
     q, k, v = (x[0] for x in inputs(60, 60))
     config = replace(BASE, varlen=True)
     device = Device("sm_80", check_races=False)  # wrong lengths may give one row to two blocks
-    try:
+    with suppress(Uninitialized):  # of rows that nobody owns, when the result is read
         run_forward(q, k, v, cu_seqlens=(ends_q, ends_k), options=Options(config=config), device=device)
-    except Exception as fault:  # rows that nobody owns stay unwritten, which reading the result shows
-        assert type(fault).__name__ == "Uninitialized", fault
 
 
 def test_every_order_of_warps_gives_the_same_bits():

@@ -44,7 +44,9 @@ def test_the_plan_is_a_pure_function():
     assert hash(plan(LONG)) == hash(plan(LONG))
 
 
-@pytest.mark.parametrize("change", [{"seqlen_q": 777}, {"seqlen_k": 0}, {"batch": 9}, {"num_heads": 64}, {"scale": 3.0}])
+@pytest.mark.parametrize(
+    "change", [{"seqlen_q": 777}, {"seqlen_k": 0}, {"batch": 9}, {"num_heads": 64}, {"scale": 3.0}]
+)
 def test_no_length_chooses_a_configuration(change):
     options = Options(num_splits=1)
     assert plan(replace(LONG, **change), options=options).forward.config == plan(LONG, options=options).forward.config
@@ -136,16 +138,16 @@ def test_a_configuration_that_does_not_fit_is_refused(change, message):
 
 def test_alignment_is_respected():
     config = plan(LONG).forward.config
-    with pytest.raises(ConfigError, match="options.config.load_bytes = 16: must be at most 8"):
+    with pytest.raises(ConfigError, match=r"options.config.load_bytes = 16: must be at most 8"):
         plan(LONG, options=Options(config=config), load_bytes=8)
-    with pytest.raises(ConfigError, match="options.config.store_bytes = 16: must be at most 4"):
+    with pytest.raises(ConfigError, match=r"options.config.store_bytes = 16: must be at most 4"):
         plan(LONG, options=Options(config=config), store_bytes=4)
     assert plan(LONG, load_bytes=4, store_bytes=2).forward.config.load_bytes == 4
 
 
 def test_splits_need_a_configuration_that_splits():
     config = plan(LONG).forward.config
-    with pytest.raises(ConfigError, match="options.config.split = False: must be True for options.num_splits = 3"):
+    with pytest.raises(ConfigError, match=r"options.config.split = False: must be True for options.num_splits = 3"):
         plan(LONG, options=Options(config=config, num_splits=3))
 
 

@@ -29,7 +29,11 @@ def traffic(problem, config=CONFIG, num_splits=None, **keywords):
 def test_dense():
     (launch,) = traffic(PROBLEM, return_lse=True)
     heads, tiles = 2 * 4, 2
-    assert launch.read == {"q": heads * 100 * 32 * 2, "k": heads * tiles * 70 * 32 * 2, "v": heads * tiles * 70 * 48 * 2}
+    assert launch.read == {
+        "q": heads * 100 * 32 * 2,
+        "k": heads * tiles * 70 * 32 * 2,
+        "v": heads * tiles * 70 * 48 * 2,
+    }
     assert launch.written == {"o": heads * 100 * 48 * 2, "lse": heads * 100 * 4}
 
 
