@@ -4,6 +4,17 @@
 >>> x = device.to_device(array, name="x")
 >>> report = device.load(ptx).kernel("scale").launch(grid, block, [x, np.float32(2)])
 >>> x.to_host()
+
+To read it, follow a kernel: `device` (what a user sees), `parse` and `ir` (PTX text to instructions), `flow` (basic
+blocks), `translate` with `instructions` (each block as a Python function over whole arrays of lanes), `machine` (who
+runs next) with `lanes`, `barriers` and `progress`, `memory` and `shared` (every access checked) with `copies`, `clocks`
+(what is ordered before what), `races` and `writers`, and `report`. `faults` has the errors.
+
+Arithmetic rounds as the PTX ISA says, a fused multiply-add once. Not bit for bit as on a GPU: the approximate functions
+(exact here to the last bit or so), sums of matrix products (float32 here, in an order of its own), the payload of a
+NaN. What PTX leaves undefined is a fault where a program could come to depend on it: reads of what nothing has written,
+data races, warp-wide instructions without their warp. Races are looked for in all accesses to shared memory, and
+between writes to global memory.
 """
 
 from cuflash.emulator.arch import ARCHS, Arch

@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from cuflash.emulator.conversions import bfloat, bfloats, from_bfloats, from_halves, halves, to_bfloat
+from cuflash.emulator.floats import flush
 
 
 def _wrap_up(old: np.ndarray, limit: np.ndarray) -> np.ndarray:
@@ -20,6 +21,10 @@ def _wrap_down(old: np.ndarray, limit: np.ndarray) -> np.ndarray:
 
 def _swap(old: np.ndarray, compare: np.ndarray, value: np.ndarray) -> np.ndarray:
     return np.where(old == compare, value, old)
+
+
+def _flushed_add(old: np.ndarray, value: np.ndarray) -> np.ndarray:
+    return flush(flush(old) + flush(value))
 
 
 def _bfloat_add(old: np.ndarray, value: np.ndarray) -> np.ndarray:
@@ -56,6 +61,8 @@ def apply_atomic(view: np.ndarray, index: np.ndarray, operation: str, values: tu
     function = OPERATIONS[operation]
     if t == "bf16":
         function = _bfloat_add
+    elif t == "f32.ftz":
+        function = _flushed_add
     elif t in ("f16x2", "bf16x2"):
         function = _pair_add(t)
     order = np.argsort(index, kind="stable")

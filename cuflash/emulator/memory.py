@@ -299,7 +299,8 @@ class GlobalMemory:
         values: tuple,
         t: str,
     ) -> np.ndarray:
-        """Read-modify-write one element per lane, lane after lane; returns the old values."""
+        """Read-modify-write one element per lane, lane after lane; returns the old values. Here, unlike in shared
+        memory, float32 sums flush subnormals."""
         mask = lanes.active(guard)
         if mask is NOBODY:
             return np.zeros((), dtype)
@@ -310,6 +311,7 @@ class GlobalMemory:
         lanes.machine.counters.global_access(lanes, offsets, dtype.itemsize, mask, True)
         view = self.data.view(dtype)
         index = offsets >> (dtype.itemsize.bit_length() - 1)
+        t = "f32.ftz" if (t, operation) == ("f32", "add") else t
         old, changed = apply_atomic(view, index, operation, tuple(lanes.flat(v, mask) for v in values), t)
         lanes.machine.changes += changed
         return old.reshape(lanes.shape) if mask is None else lanes.spread(old, mask)

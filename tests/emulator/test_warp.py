@@ -182,6 +182,17 @@ def test_atomics_on_short_and_long_types() -> None:
     np.testing.assert_array_equal(result["h"].view(np.float16), [32, 32])
 
 
+def test_atomic_sums_of_float32_flush_subnormals_in_global_memory_alone() -> None:
+    source = """
+    extern "C" __global__ void kernel(float* g, float* y) {
+      __shared__ float s; s = 0; atomicAdd(&s, 1e-39f); *y = s; atomicAdd(g, 1e-39f); atomicAdd(g + 1, -1e-38f);
+    }
+    """
+    result, _ = run_cuda(source, {"g": np.float32([0, 1.2e-38]), "y": np.zeros(1, np.float32)}, block=1)
+    assert result["y"][0] == np.float32(1e-39)
+    assert result["g"].tolist() == [0, np.float32(1.2e-38)]
+
+
 @pytest.mark.parametrize("warp_order", [None, 3])
 def test_named_barriers_hand_over_between_warps(warp_order: int | None) -> None:
     """A producer warp fills a buffer, a consumer warp empties it: arrive and sync on two barriers."""

@@ -31,7 +31,6 @@ NO_RESULT = {
     "nanosleep",
     "griddepcontrol",
     "pmevent",
-    "brkpt",
 }
 
 
