@@ -182,9 +182,7 @@ class _Question(NamedTuple):
     packing: Packing | None
 
 
-def _dense(
-    q: Any, k: Any, v: Any, bias: Any, out: Any, asked: Scores, return_lse: bool
-) -> tuple[Kind, _Question]:
+def _dense(q: Any, k: Any, v: Any, bias: Any, out: Any, asked: Scores, return_lse: bool) -> tuple[Kind, _Question]:
     check.check_flag("return_lse", return_lse)
     kind, arrays = gather(_NAMES, (q, k, v, bias, out), _OPTIONAL)
     return kind, _Question(device_of(kind, _NAMES, arrays), forward.Operands(*arrays), asked, None)
@@ -202,7 +200,7 @@ def _packed(
     return_lse: bool,
 ) -> tuple[Kind, _Question]:
     kind, (device, operands, *_) = _dense(q, k, v, bias, out, asked, return_lse)
-    for name, array in zip("qkv", operands, strict=False):
+    for name, array in zip("qkv", operands[:3], strict=True):
         check.check_packed_rank(name, array.shape)
     totals = operands.q.shape[0], operands.k.shape[0]
     lengths = take_lengths(device, cu_seqlens, max_seqlens, totals, _biased_axes(operands.bias))
@@ -251,9 +249,7 @@ def _attention_varlen_vjp(
     return _differentiate(kind, question, return_lse, options)
 
 
-def _differentiate(
-    kind: Kind, question: _Question, return_lse: bool, options: Options | None
-) -> tuple[Any, Pullback]:
+def _differentiate(kind: Kind, question: _Question, return_lse: bool, options: Options | None) -> tuple[Any, Pullback]:
     out, lse, native_pullback = backward.run(*question, options)
 
     def pullback(cotangent: Any) -> tuple[Any, ...]:

@@ -19,6 +19,15 @@ class Result(NamedTuple):
     lse: np.ndarray
 
 
+class Gradients(NamedTuple):
+    """Each of the shape of what it is a gradient of."""
+
+    dq: np.ndarray
+    dk: np.ndarray
+    dv: np.ndarray
+    dbias: np.ndarray | None
+
+
 class _Format(NamedTuple):
     """Arithmetic: operations run in `compute` and their results are rounded by `round`."""
 
@@ -47,33 +56,58 @@ def visible(seqlen_q: int, seqlen_k: int, causal: bool = False, window: tuple | 
 def _one_head(q, k, v, bias, seen, scale, softcap, fmt: _Format) -> Result:
     """q (m, d), k (n, d), v (n, dv), bias and seen (m, n) -> out (m, dv), lse (m,) in fmt.compute."""
     v = np.where(seen.any(axis=0)[:, None], v, 0)  # what no query sees may be NaN
+    s, _ = _scores(q, k, bias, seen, scale, softcap, fmt)
+    p, lse = _softmax(s, fmt)
+    return Result(fmt.round(p @ v), lse)
+
+
+def _scores(q, k, bias, seen, scale, softcap, fmt: _Format) -> tuple[np.ndarray, np.ndarray | float]:
+    """Scores (m, n), -inf where not seen, and the slope of softcap there."""
+    slope = 1.0
     with np.errstate(invalid="ignore", over="ignore"):
         if fmt is EXACT:
             s = (q @ k.T) * scale
         else:
             s = fmt.round(fmt.round(q * fmt.compute(scale)) @ k.T)
         if softcap:
-            s = fmt.round(softcap * np.tanh(s / softcap))
+            t = np.tanh(s / softcap)
+            s, slope = fmt.round(softcap * t), fmt.round(1 - t**2)
         if bias is not None:
             s = fmt.round(s + bias)
-    s = np.where(seen, s, -np.inf)
+    return np.where(seen, s, -np.inf), slope
+
+
+def _softmax(s, fmt: _Format) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (m, n) and lse (m,); a row of -inf gives 0 and -inf."""
     m = s.max(axis=1, initial=-np.inf)
     m = np.where(np.isneginf(m), 0, m)
     p = np.exp(s - m[:, None])
     total = p.sum(axis=1)
     empty = total == 0
-    p = fmt.round(p / np.where(empty, 1, total)[:, None])
     with np.errstate(divide="ignore"):
-        return Result(fmt.round(p @ v), m + np.log(total))
+        return fmt.round(p / np.where(empty, 1, total)[:, None]), m + np.log(total)
+
+
+def _one_head_gradients(q, k, v, bias, seen, scale, softcap, dout, dlse, fmt: _Format) -> tuple[np.ndarray, ...]:
+    """dq, dk, dv and dS, by the Jacobian of the softmax: neither out nor lse is used."""
+    rows, keys = seen.any(axis=1)[:, None], seen.any(axis=0)[:, None]
+    q, dout, k, v = np.where(rows, q, 0), np.where(rows, dout, 0), np.where(keys, k, 0), np.where(keys, v, 0)
+    s, slope = _scores(q, k, bias, seen, scale, softcap, fmt)
+    p, _ = _softmax(s, fmt)
+    dp = fmt.round(dout @ v.T)
+    along_row = (p * dp).sum(axis=1, keepdims=True)  # Σ_l p_il dp_il
+    ds = fmt.round(p * (dp - along_row + np.where(rows[:, 0], dlse, 0)[:, None]))
+    dx = fmt.round(ds * slope)
+    return scale * (dx @ k), scale * (dx.T @ q), p.T @ dout, ds
+
+
+def _rank_4(*arrays: np.ndarray) -> list[np.ndarray]:
+    return [{2: lambda x: x[None, :, None], 3: lambda x: x[None], 4: lambda x: x}[x.ndim](x) for x in arrays]
 
 
 def _attention(q, k, v, causal, window, bias, scale, softcap, fmt: _Format) -> Result:
     missing = 4 - q.ndim
-    if q.ndim == 2:
-        q, k, v = q[:, None], k[:, None], v[:, None]
-    if q.ndim == 3:
-        q, k, v = q[None], k[None], v[None]
-    q, k, v = (np.asarray(x).astype(fmt.compute) for x in (q, k, v))
+    q, k, v = (np.asarray(x).astype(fmt.compute) for x in _rank_4(q, k, v))
     batch, seqlen_q, heads, dim = q.shape
     seqlen_k, group = k.shape[1], heads // k.shape[2] if k.shape[2] else 1
     scale = dim**-0.5 if scale is None else scale
@@ -109,6 +143,53 @@ def standard(q, k, v, *, causal=False, window=None, bias=None, scale=None, softc
     compute = np.float64 if dtype == np.float64 else np.float32
     fmt = _Format(compute, lambda x: x.astype(dtype).astype(compute))
     return _attention(q, k, v, causal, window, bias, scale, softcap, fmt)
+
+
+def _gradients(q, k, v, dout, dlse, causal, window, bias, scale, softcap, fmt: _Format) -> Gradients:
+    shapes = q.shape, k.shape, v.shape
+    q, k, v, dout = (np.asarray(x).astype(fmt.compute) for x in _rank_4(q, k, v, dout))
+    batch, seqlen_q, heads, dim = q.shape
+    seqlen_k, group = k.shape[1], heads // k.shape[2] if k.shape[2] else 1
+    scale = dim**-0.5 if scale is None else scale
+    dlse = np.zeros((batch, heads, seqlen_q)) if dlse is None else dlse.reshape(batch, heads, seqlen_q)
+    full = (batch, heads, seqlen_q, seqlen_k)
+    wide = None if bias is None else np.broadcast_to(bias, full).astype(fmt.compute)
+    seen = visible(seqlen_q, seqlen_k, causal, window)
+    dq, dk, dv, ds = (np.zeros(shape, fmt.compute) for shape in (q.shape, k.shape, v.shape, full))
+    for b in range(batch):
+        for h in range(heads):
+            own = None if wide is None else wide[b, h]
+            dq[b, :, h], dk_h, dv_h, ds[b, h] = _one_head_gradients(
+                q[b, :, h], k[b, :, h // group], v[b, :, h // group], own, seen, scale, softcap,
+                dout[b, :, h], dlse[b, h].astype(fmt.compute), fmt,
+            )  # fmt: skip
+            dk[b, :, h // group] += dk_h
+            dv[b, :, h // group] += dv_h
+    dq, dk, dv = (fmt.round(x.reshape(shape)) for x, shape in zip((dq, dk, dv), shapes, strict=True))
+    return Gradients(dq, dk, dv, None if bias is None else fmt.round(_sum_to(ds, bias.shape)))
+
+
+def _sum_to(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Summed over the axes along which an array of `shape` is broadcast to this one."""
+    padded = (1,) * (array.ndim - len(shape)) + tuple(shape)
+    return array.sum(axis=tuple(i for i, n in enumerate(padded) if n == 1), keepdims=True).reshape(shape)
+
+
+def gradients(
+    q, k, v, dout, dlse=None, *, causal=False, window=None, bias=None, scale=None, softcap=None
+) -> Gradients:
+    """Gradients of the sum of dout * out and dlse * lse in float64."""
+    return _gradients(q, k, v, dout, dlse, causal, window, bias, scale, softcap, EXACT)
+
+
+def standard_gradients(
+    q, k, v, dout, dlse=None, *, causal=False, window=None, bias=None, scale=None, softcap=None, dtype=None
+) -> Gradients:
+    """Gradients as a framework computes them for `standard` in `dtype`: each intermediate result rounded to it."""
+    dtype = np.dtype(q.dtype if dtype is None else dtype)
+    compute = np.float64 if dtype == np.float64 else np.float32
+    fmt = _Format(compute, lambda x: x.astype(dtype).astype(compute))
+    return _gradients(q, k, v, dout, dlse, causal, window, bias, scale, softcap, fmt)
 
 
 def over_sequences(function: Callable[..., Result], q, k, v, cu_seqlens_q, cu_seqlens_k, **keywords) -> Result:

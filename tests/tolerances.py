@@ -15,6 +15,7 @@ from ml_dtypes import finfo
 from tests import oracle
 
 FACTOR = 2.0
+GRADIENT_FACTOR = 3.0  # what a gradient is made of, P and dP, is rounded as well
 
 
 class Tolerance(NamedTuple):
@@ -82,6 +83,23 @@ def assert_attention(out, lse, q, k, v, cu_seqlens=None, **keywords) -> None:
     in_dtype = run(oracle.standard)
     in_lse_dtype = in_dtype if lse_dtype(q.dtype) == q.dtype else run(oracle.standard, dtype=lse_dtype(q.dtype))
     assert_close(out, lse, want, in_dtype.out, in_lse_dtype.lse, q.dtype)
+
+
+def assert_gradients(got, want: oracle.Gradients, standard: oracle.Gradients, dtype, more_ulps: float = 0.0) -> None:
+    """Gradients of inputs of `dtype`, each relative to its largest element; dbias may be of a coarser dtype.
+
+    `more_ulps` are allowed whatever the gradient's size, for terms of it that cancel.
+    """
+    expected = [gradient for gradient in want if gradient is not None]
+    in_dtype = [gradient for gradient in standard if gradient is not None]
+    if len(got) != len(expected):
+        raise AssertionError(f"{len(got)} gradients, expected {len(expected)}")
+    for name, *arrays in zip(("dq", "dk", "dv", "dbias"), got, expected, in_dtype, strict=False):
+        coarser = max(np.dtype(dtype), arrays[0].dtype, key=lambda dtype: finfo(dtype).eps)
+        largest = float(np.abs(arrays[1]).max(initial=0.0)) or 1.0
+        scaled = (np.asarray(array).astype(np.float64) / largest for array in arrays)
+        ulps = TOLERANCES[coarser.name].out_ulps + more_ulps / min(1.0, largest)
+        assert_within(name, *scaled, coarser, ulps, GRADIENT_FACTOR)
 
 
 def _where(chosen: np.ndarray, got: np.ndarray, want: np.ndarray) -> str:

@@ -222,7 +222,8 @@ class _Item:
                 for first in range(0, len(self.q), BLOCK_GROUPS):
                     self._add(tile, first, min(first + BLOCK_GROUPS, len(self.q)), dk[own], dv[own])
         self.dq *= problem.scale
-        sequence.dq[self.begin : self.end, self.head] = self.dq.reshape(-1, problem.head_dim)[: self.end - self.begin]
+        dq = self.dq.reshape(len(self.dq) * self.keys.rows, problem.head_dim)
+        sequence.dq[self.begin : self.end, self.head] = dq[: self.end - self.begin]
         if problem.softcap:
             dk *= problem.softcap  # of the scale, Q has only scale / softcap
         self.keys.sum.give(self.turn, seen, (dk, dv))
@@ -303,10 +304,11 @@ class _Item:
         """
         n, dim = total.shape
         x, y = x.reshape(-1, n), y.reshape(-1, dim + 1)[:, :-1]
-        whole = n // self.width * self.width
+        count = n // self.width
+        whole = count * self.width
         product = self.products[: n * dim].reshape(n, dim)
-        stack = x[:, :whole].reshape(len(x), -1, self.width).transpose(1, 2, 0)
-        np.matmul(stack, y, out=product[:whole].reshape(-1, self.width, dim))
+        stack = x[:, :whole].reshape(len(x), count, self.width).transpose(1, 2, 0)
+        np.matmul(stack, y, out=product[:whole].reshape(count, self.width, dim))
         if whole < n:
             np.matmul(x[:, whole:].T, y, out=product[whole:])
         total += product

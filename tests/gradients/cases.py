@@ -1,0 +1,84 @@
+"""How the gradients of a case of `tests.attention.cases` are computed and held to the oracle."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import cuflash
+from tests import oracle, tolerances
+from tests.attention.cases import LAYOUTS, WIDE_DTYPES, Case, Inputs, _bias_lengths, embed, make
+
+Cotangent = tuple[np.ndarray, np.ndarray]
+
+
+def scores_of(case: Case) -> dict[str, Any]:
+    """The keywords that say how scores are made."""
+    return {"causal": case.causal, "window": case.window, "softcap": case.softcap, "scale": case.scale}
+
+
+def cotangent(case: Case, inputs: Inputs) -> Cotangent:
+    """Standard normal dout and dlse."""
+    rng = np.random.default_rng(zlib.crc32(str(case).encode()) + 1)
+    shape = (*inputs.q.shape[:-1], inputs.v.shape[-1])
+    lse_shape = (shape[1], shape[0]) if case.packed else (shape[0], shape[2], shape[1])
+    dlse = rng.standard_normal(lse_shape).astype(tolerances.lse_dtype(case.dtype))
+    return rng.standard_normal(shape).astype(case.dtype), dlse
+
+
+def vjp(case: Case, inputs: Inputs, **more: Any) -> tuple[Any, Callable[[Any], tuple[np.ndarray, ...]]]:
+    """`cuflash.vjp` of the case with return_lse, q, k and v lying in buffers as the case's layout says."""
+    layout = LAYOUTS[case.layout]
+    q, k, v = (layout.view(embed(layout, x[None] if case.packed else x)) for x in inputs[:3])
+    keywords = {**scores_of(case), "bias": inputs.bias, "return_lse": True, **more}
+    if not case.packed:
+        return cuflash.vjp(cuflash.attention, q, k, v, **keywords)
+    if case.bias:
+        keywords |= dict(zip(("max_seqlen_q", "max_seqlen_k"), _bias_lengths(case), strict=True))
+    edges = inputs.cu_seqlens_q, inputs.cu_seqlens_k
+    return cuflash.vjp(cuflash.attention_varlen, q[0], k[0], v[0], *edges, **keywords)
+
+
+def expected(
+    case: Case, inputs: Inputs, cotangent: Cotangent, function: Callable[..., oracle.Gradients]
+) -> oracle.Gradients:
+    """What `function` (of the oracle) gives, sequence by sequence; 0 for tokens that belong to none."""
+    q, k, v, bias, q_edges, k_edges = inputs
+    keywords = {**scores_of(case), "scale": case.scale if case.head_dim else 1.0}
+    if case.sequences is None:
+        return function(q, k, v, *cotangent, bias=bias, **keywords)
+    dq, dk, dv = (np.zeros(x.shape) for x in (q, k, v))
+    full = (len(case.sequences), case.num_heads, *_bias_lengths(case))
+    wide, dwide = None if bias is None else np.broadcast_to(bias, full), np.zeros(full)
+    for i, (len_q, len_k) in enumerate(case.sequences):
+        rows, keys = slice(q_edges[i], q_edges[i] + len_q), slice(k_edges[i], k_edges[i] + len_k)
+        own = None if wide is None else wide[i : i + 1, :, :len_q, :len_k]
+        dout, dlse = cotangent[0][rows], cotangent[1][:, rows]
+        dq[rows], dk[keys], dv[keys], dbias = function(q[rows], k[keys], v[keys], dout, dlse, bias=own, **keywords)
+        if dbias is not None:
+            dwide[i, :, :len_q, :len_k] = dbias
+    return oracle.Gradients(dq, dk, dv, None if bias is None else oracle._sum_to(dwide, bias.shape))
+
+
+def hold_to_oracle(case: Case, inputs: Inputs, cotangent: Cotangent, got: tuple[np.ndarray, ...]) -> None:
+    """Asserts shapes, dtypes and values of gradients."""
+    arrays = inputs[: 3 if inputs.bias is None else 4]
+    assert [(x.shape, x.dtype) for x in got] == [(x.shape, x.dtype) for x in arrays]
+    want = expected(case, inputs, cotangent, oracle.gradients)
+    standard = expected(case, inputs, cotangent, oracle.standard_gradients)
+    ulps = 0.0
+    if case.dtype in WIDE_DTYPES:  # P = exp(S - lse) errs by ulps of lse, dP - Δ by ulps of Δ
+        out, lse = vjp(case, inputs)[0]
+        delta = np.abs((cotangent[0] * out).sum(axis=-1)).max(initial=0)
+        ulps = 2 * (np.abs(lse[np.isfinite(lse)]).max(initial=0) + delta)
+    tolerances.assert_gradients(got, want, standard, case.dtype, ulps)
+
+
+def check(case: Case) -> None:
+    """The gradients of the case are as exact as the rule asks."""
+    inputs = make(case)
+    given = cotangent(case, inputs)
+    hold_to_oracle(case, inputs, given, vjp(case, inputs)[1](given))
