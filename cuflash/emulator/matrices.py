@@ -110,14 +110,8 @@ def multiply(
     """left @ right + start; start and the result are accumulator registers: two columns per lane, rows group and
     group + 8."""
     product = np.matmul(left, right)
-    count, rows, _ = product.shape
-    parts = product.reshape(count, rows // 8, 32, 2)
-    shape = X.shape
-    results = []
-    for k, c in enumerate(start):
-        part = parts[:, k // 2, :, k % 2]
-        results.append((part + c.reshape(-1, 32)).reshape(shape) if np.shape(c) == shape else part.reshape(shape) + c)
-    return results
+    parts = product.reshape(*X.shape[:2], product.shape[1] // 8, 32, 2)
+    return [parts[:, :, k // 2, :, k % 2] + c for k, c in enumerate(start)]
 
 
 def multiply_half(
