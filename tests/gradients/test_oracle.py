@@ -21,6 +21,7 @@ FEATURES = [
     {"window": (None, 30), "scale": 0.5},
     {"softcap": 1.5, "causal": True},
     {"num_kv_heads": 1},
+    {"batch": 4, "num_heads": 16, "num_kv_heads": 8, "seqlen_q": 300, "seqlen_k": 130, "window": (90, 20)},
     {"head_dim": 8, "head_dim_v": 40},
     {"head_dim": 200, "head_dim_v": 1},
     {"sequences": ((40, 70), (5, 0), (0, 3), (170, 90)), "tail": (3, 3), "causal": True},
