@@ -7,7 +7,8 @@ A work item is a range of queries of one head. For each tile of keys, and each b
     dS = P ∘ (dO Vᵀ - Δ)                 Δ = rowsum(dO ∘ O) - dlse
     dQ += scale dS K, dK += scale dSᵀ Q, dbias += dS
 
--lse and -Δ are one more column of Q and of dO against ones in K and V, so that no pass over the scores subtracts them.
+-Δ, and without bias and softcap -lse, are one more column of dO and of Q against ones in V and K, so that no pass over
+the scores subtracts them.
 dQ of an item is final. Its dK, dV and dbias are parts of sums (`cuflash.cpu.sums`): the result depends neither on the
 number of threads nor on which of them is faster.
 """
@@ -247,7 +248,9 @@ class _Item:
         lse[:count] = sequence.lse[self.head, self.begin : self.end]
         empty = np.isneginf(lse)  # rows that see nothing: P = 0, and what they hold is not read
         lse[empty], q[empty], dout[empty] = np.inf, 0, 0
-        if not problem.softcap:  # tanh comes before lse
+        # Softcap comes before lse; and S + bias, rounded as in the forward, has no larger part than lse to lose.
+        self.lse_apart = bool(problem.softcap) or sequence.bias is not None
+        if not self.lse_apart:
             q[:, -1] = -lse
         self.q, self.dout = q.reshape(-1, rows, q.shape[1]), dout.reshape(-1, rows, dout.shape[1])
         self.lse = lse.reshape(-1, rows, 1)
@@ -271,11 +274,10 @@ class _Item:
         q, dout, dq = self.q[first:last], self.dout[first:last], self.dq[first:last]
         shape = len(q), rows, n
         p, ds, *slope = (x[: len(q) * rows * n].reshape(shape) for x in self.scores)
-        np.matmul(q, tile.k_t, out=p)  # S - lse
+        np.matmul(q, tile.k_t, out=p)  # S, less lse unless it is apart
         if problem.softcap:
             np.tanh(p, out=slope[0])
             np.multiply(slope[0], problem.softcap, out=p)
-            p -= self.lse[first:last]
             np.square(slope[0], out=slope[0])
             np.subtract(1, slope[0], out=slope[0])
         begin = first * rows
@@ -283,6 +285,8 @@ class _Item:
         if self.sequence.bias is not None:
             queries = slice(self.begin + begin, self.begin + end)
             add_bias(p, self.sequence.bias[self.head, queries, tile.begin : tile.end])
+        if self.lse_apart:
+            p -= self.lse[first:last]
         np.exp(p, out=p)  # P = exp(S - lse)
         hide(p, low, high, first, 0)
         self._add_over_queries(dv, p, dout)  # dV += Pᵀ dO

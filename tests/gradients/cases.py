@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from ml_dtypes import finfo
 
 import cuflash
 from tests import oracle, tolerances
@@ -74,6 +75,10 @@ def hold_to_oracle(case: Case, inputs: Inputs, cotangent: Cotangent, got: tuple[
         out, lse = vjp(case, inputs)[0]
         delta = np.abs((cotangent[0] * out).sum(axis=-1)).max(initial=0)
         ulps = 2 * (np.abs(lse[np.isfinite(lse)]).max(initial=0) + delta)
+    if case.softcap:  # 1 - tanh² errs by an ulp of one in the precision of the sums, however small it is
+        scale = case.scale or max(1, case.head_dim) ** -0.5
+        largest = max(np.nanmax(np.abs(x.astype(float)), initial=0) for x in (inputs.q, inputs.k))
+        ulps += 10 * scale * largest * float(finfo(tolerances.lse_dtype(case.dtype)).eps / finfo(case.dtype).eps)
     tolerances.assert_gradients(got, want, standard, case.dtype, ulps)
 
 

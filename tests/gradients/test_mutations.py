@@ -53,7 +53,8 @@ MUTATIONS = [
     Mutation("left bound off by one", EXECUTOR, "diagonal - problem.left", "diagonal - problem.left + 1", WINDOW),
     Mutation("right bound off by one", EXECUTOR, "diagonal + problem.right", "diagonal + problem.right + 1", CAUSAL),
     Mutation("aligned to the top left", EXECUTOR, "begin + len_k - len_q", "begin", CAUSAL),
-    Mutation("dk and dv at the first keys", EXECUTOR, "give(self.turn, seen,", "give(self.turn, slice(len(dk)),", WINDOW),
+    Mutation("dk and dv at the first keys", EXECUTOR, "give(self.turn, seen,", "give(self.turn, slice(len(dk)),",
+             WINDOW),
     Mutation("lse of empty rows", EXECUTOR, "lse[empty], q[empty], dout[empty] = np.inf", "lse[empty], q[empty], "
              "dout[empty] = -np.inf", NO_KEYS_BY_BIAS),
     Mutation("softcap without its slope", EXECUTOR, "ds *= slope[0]", "ds *= 1", CAPPED),
