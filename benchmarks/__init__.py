@@ -1,1 +1,1 @@
-"""Speed and memory of cuflash beside its peers: `python -m benchmarks.forward`, `python -m benchmarks.memory`."""
+"""Speed and memory of cuflash beside its peers: `python -m benchmarks.forward`, `.backward`, `.memory`."""

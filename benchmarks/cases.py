@@ -62,9 +62,9 @@ class Case:
             right=self.right,
         )
 
-    def visible(self) -> np.ndarray:
-        """(seqlen, seqlen) boolean, True where key j is visible to query i."""
-        offset = np.arange(self.seqlen)[None, :] - np.arange(self.seqlen)[:, None]
+    def visible(self, rows: slice = slice(None)) -> np.ndarray:
+        """(queries, seqlen) boolean, True where key j is visible to query i of `rows`."""
+        offset = np.arange(self.seqlen)[None, :] - np.arange(self.seqlen)[rows, None]
         left = self.seqlen if self.left is None else self.left
         right = self.seqlen if self.right is None else self.right
         return (offset >= -left) & (offset <= right)

@@ -22,7 +22,7 @@ class Run:
 
     call: Callable[[], Any]
     wait: Callable[[Any], None]
-    to_numpy: Callable[[Any], np.ndarray]  # (batch, seqlen, heads, head_dim)
+    to_numpy: Callable[[Any], Any]  # arrays (batch, seqlen, heads, head_dim): out, or dq, dk, dv
     on_null_stream: bool = False  # GPU work that events on CUDA's default stream can time
 
 
@@ -45,6 +45,21 @@ def find(device: str) -> list[Contender]:
     return found
 
 
+def find_backward(device: str, with_forward: bool) -> list[Contender]:
+    """As `find`, for the gradients of q, k and v from `cotangent(inputs)`, with or without the forward."""
+    source = version("cuflash") if _installed("cuflash") else "source tree"
+    found = [Contender("cuflash", source, _cuflash_backward(device, with_forward))]
+    if find_spec("torch"):
+        found.extend(_torch_backward_contenders(device, with_forward))
+    return found
+
+
+def cotangent(inputs: Inputs) -> np.ndarray:
+    """Standard normal, like the output."""
+    shape = (*inputs[0].shape[:3], inputs[2].shape[3])
+    return np.random.default_rng(2).standard_normal(shape, np.float32).astype(inputs[0].dtype)
+
+
 def _installed(name: str) -> bool:
     try:
         return bool(version(name))
@@ -56,9 +71,7 @@ def _cuflash(device: str) -> Callable[[Case, Inputs], Run]:
     def prepare(case: Case, inputs: Inputs) -> Run:
         import cuflash
 
-        keywords = {"causal": case.mask == "causal"}
-        if case.left is not None:
-            keywords["window"] = (case.left, case.right)
+        keywords = _keywords(case)
         if device == "cpu":
             return Run(lambda: cuflash.attention(*inputs, **keywords), lambda out: None, np.asarray)
         import cupy
@@ -74,40 +87,121 @@ def _cuflash(device: str) -> Callable[[Case, Inputs], Run]:
     return prepare
 
 
+def _keywords(case: Case) -> dict[str, Any]:
+    return {"causal": case.mask == "causal"} | ({} if case.left is None else {"window": (case.left, case.right)})
+
+
+def _cuflash_backward(device: str, with_forward: bool) -> Callable[[Case, Inputs], Run]:
+    def prepare(case: Case, inputs: Inputs) -> Run:
+        import cuflash
+
+        arrays: list[Any] = [*inputs, cotangent(inputs)]
+        if device == "cuda":
+            import cupy
+
+            arrays = [cupy.asarray(a) for a in arrays]
+        *qkv, dout = arrays
+
+        def differentiate() -> Any:
+            return cuflash.vjp(cuflash.attention, *qkv, **_keywords(case))[1]
+
+        pullback = differentiate()
+        call = (lambda: differentiate()(dout)) if with_forward else (lambda: pullback(dout))
+        if device == "cpu":
+            return Run(call, lambda gradients: None, lambda gradients: gradients)
+        return Run(
+            call=call,
+            wait=lambda gradients: cupy.cuda.Stream.null.synchronize(),
+            to_numpy=lambda gradients: tuple(map(cupy.asnumpy, gradients)),
+            on_null_stream=True,
+        )
+
+    return prepare
+
+
 def _torch_contenders(device: str) -> Iterator[Contender]:
+    for name, backend in _torch_backends(device).items():
+        yield Contender(name, version("torch"), lambda case, inputs, b=backend: _torch_run(case, inputs, device, b))
+
+
+def _torch_backward_contenders(device: str, with_forward: bool) -> Iterator[Contender]:
+    for name, backend in _torch_backends(device).items():
+
+        def prepare(case: Case, inputs: Inputs, backend: Any = backend) -> Run:
+            return _torch_backward_run(case, inputs, device, backend, with_forward)
+
+        yield Contender(name, version("torch"), prepare)
+
+
+def _torch_backends(device: str) -> dict[str, Any]:
     from torch.nn.attention import SDPBackend
 
     backends = {"torch math": SDPBackend.MATH, "torch flash": SDPBackend.FLASH_ATTENTION}
     if device == "cuda":
         backends["torch efficient"] = SDPBackend.EFFICIENT_ATTENTION
         backends["torch cudnn"] = SDPBackend.CUDNN_ATTENTION
-    for name, backend in backends.items():
-        yield Contender(name, version("torch"), lambda case, inputs, b=backend: _torch_run(case, inputs, device, b))
+    return backends
 
 
 def _torch_run(case: Case, inputs: Inputs, device: str, backend: Any) -> Run:
     import torch
+
+    attend, arrays = _torch_attention(case, inputs, device, backend)
+
+    def call() -> Any:
+        with torch.inference_mode():
+            return attend(*arrays)
+
+    return Run(call, _torch_wait(device), _torch_to_numpy, on_null_stream=device == "cuda")
+
+
+def _torch_backward_run(case: Case, inputs: Inputs, device: str, backend: Any, with_forward: bool) -> Run:
+    import torch
+
+    attend, arrays = _torch_attention(case, inputs, device, backend)
+    for array in arrays:
+        array.requires_grad_()
+    dout = _to_torch(cotangent(inputs)).to(device).transpose(1, 2)
+    out = attend(*arrays)
+
+    def call() -> Any:
+        result = attend(*arrays) if with_forward else out
+        return torch.autograd.grad(result, arrays, dout, retain_graph=not with_forward)
+
+    def to_numpy(gradients: Any) -> tuple[np.ndarray, ...]:
+        return tuple(map(_torch_to_numpy, gradients))
+
+    return Run(call, _torch_wait(device), to_numpy, on_null_stream=device == "cuda")
+
+
+def _torch_attention(case: Case, inputs: Inputs, device: str, backend: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """torch's attention with the backend, and q, k, v as views (batch, heads, seqlen, head_dim)."""
+    import torch
     from torch.nn.attention import sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
-    q, k, v = (_to_torch(a).to(device).transpose(1, 2) for a in inputs)  # views (batch, heads, seqlen, head_dim)
     mask = None if case.left is None else torch.from_numpy(case.visible()).to(device)
 
-    def call() -> Any:
-        with torch.inference_mode(), sdpa_kernel(backend):
+    def attend(q: Any, k: Any, v: Any) -> Any:
+        with sdpa_kernel(backend):
             return scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=case.mask == "causal", enable_gqa=case.num_heads != case.num_kv_heads
             )
 
-    def wait(out: Any) -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
+    return attend, [_to_torch(a).to(device).transpose(1, 2) for a in inputs]
 
-    def to_numpy(out: Any) -> np.ndarray:
-        wide = out.dtype if out.dtype == torch.float64 else torch.float32
-        return out.to(wide).cpu().transpose(1, 2).numpy()
 
-    return Run(call, wait, to_numpy, on_null_stream=device == "cuda")
+def _torch_wait(device: str) -> Callable[[Any], None]:
+    import torch
+
+    return (lambda out: torch.cuda.synchronize()) if device == "cuda" else (lambda out: None)
+
+
+def _torch_to_numpy(out: Any) -> np.ndarray:
+    import torch
+
+    wide = out.dtype if out.dtype == torch.float64 else torch.float32
+    return out.detach().to(wide).cpu().transpose(1, 2).numpy()
 
 
 def _to_torch(array: np.ndarray) -> Any:

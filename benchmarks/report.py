@@ -38,15 +38,15 @@ def _unique(results: list[Result], key: str) -> list[str]:
     return list(dict.fromkeys(row[key] for row in results))
 
 
-def write(report: dict[str, Any], folder: Path, console: Console) -> None:
-    """forward.json and forward.png in `folder`."""
+def write(report: dict[str, Any], name: str, folder: Path, console: Console) -> None:
+    """The JSON and the plot of the pass `name` in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "forward.json").write_text(json.dumps(report, indent=2) + "\n")
-    plot(report["results"], folder / "forward.png")
-    console.print(f"wrote {folder / 'forward.json'} and {folder / 'forward.png'}")
+    (folder / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
+    plot(report["results"], name, folder / f"{name}.png")
+    console.print(f"wrote {folder / f'{name}.json'} and {folder / f'{name}.png'}")
 
 
-def plot(results: list[Result], path: Path) -> None:
+def plot(results: list[Result], name: str, path: Path) -> None:
     """Bars of TFLOP/s, one group per case, one colour per contender."""
     import matplotlib
 
@@ -65,7 +65,7 @@ def plot(results: list[Result], path: Path) -> None:
         axes.bar_label(bars, fmt="%.3g", fontsize=7)
     axes.set_xticks(range(len(cases)), [case.replace(" ", "\n", 3) for case in cases], fontsize=7)
     axes.set_ylabel("TFLOP/s of visible pairs")
-    axes.set_title("Attention forward (higher is better)")
+    axes.set_title(f"Attention {name.replace('_', ' + ')} (higher is better)")
     if names:
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from benchmarks import cases, contenders, forward, gpu_session, machine, measure, memory, report
+from benchmarks import backward, cases, contenders, driver, forward, gpu_session, machine, measure, memory, report
+from benchmarks.passes import PASSES
 
 CASE = cases.Case(2, 65, 4, 2, 16, "float32", None, 0)
 
@@ -39,15 +40,50 @@ def test_forward_writes_figures_for_every_case(small_machine, tmp_path):
 
 @pytest.mark.parametrize("contender", contenders.find("cpu"), ids=lambda c: c.name)
 def test_every_contender_answers_the_same_question(contender):
-    rows, runs = forward._checked(CASE, [contender])
+    rows, runs = driver.checked(PASSES["forward"], CASE, [contender])
     assert list(runs) == [contender.name], rows
+
+
+@pytest.mark.parametrize("flags", [[], ["--with-forward"]], ids=["alone", "with forward"])
+def test_backward_writes_figures_for_every_case(small_machine, tmp_path, flags):
+    arguments = ["--device", "cpu", "--shapes", "1,64,2,16", "2,65,4,8,2", "--masks", "causal", "window=7,3"]
+    arguments += ["--contenders", "cuflash", "--repeats", "2", "--output", str(tmp_path), *flags]
+    assert backward.main(arguments) == 0
+    (path,) = tmp_path.glob("*.json")
+    assert path.stem == ("forward_backward" if flags else "backward")
+    report = json.loads(path.read_text())
+    assert len(report["results"]) == 4
+    for row in report["results"]:
+        assert row["tflops"] > 0
+        assert 0 <= row["error"] <= 4 * cases.ERROR_LIMITS["float32"]
+    assert path.with_suffix(".png").exists()
+
+
+@pytest.mark.parametrize("with_forward", [False, True])
+@pytest.mark.parametrize("name", [c.name for c in contenders.find_backward("cpu", False)])
+def test_every_contender_has_the_same_gradients(name, with_forward):
+    (contender,) = (c for c in contenders.find_backward("cpu", with_forward) if c.name == name)
+    rows, runs = driver.checked(PASSES["backward"], CASE, [contender])
+    assert list(runs) == [name], rows
+
+
+@pytest.mark.parametrize("which", range(3), ids=["dq", "dk", "dv"])
+def test_a_wrong_gradient_is_not_timed(which):
+    def prepare(case, inputs):
+        run = contenders.find_backward("cpu", False)[0].prepare(case, inputs)
+        factors = [1.01 if i == which else 1 for i in range(3)]
+        return contenders.Run(run.call, run.wait, lambda g: tuple(x * f for x, f in zip(g, factors, strict=True)))
+
+    rows, runs = driver.checked(PASSES["backward"], CASE, [contenders.Contender("off", "0", prepare)])
+    assert runs == {}
+    assert rows[0]["failure"].startswith("wrong: error")
 
 
 def test_a_wrong_answer_is_not_timed():
     def prepare(case, inputs):
         return contenders.Run(lambda: inputs[0] * 0, lambda out: None, np.asarray)
 
-    rows, runs = forward._checked(CASE, [contenders.Contender("zeros", "0", prepare)])
+    rows, runs = driver.checked(PASSES["forward"], CASE, [contenders.Contender("zeros", "0", prepare)])
     assert runs == {}
     assert rows[0]["failure"].startswith("wrong: error")
 

@@ -1,0 +1,96 @@
+"""The passes that are measured: who runs them, when their answer is right, what they must compute and move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks import contenders
+from benchmarks.cases import ERROR_LIMITS, Case, sample_error
+from benchmarks.contenders import Contender, Inputs
+from cuflash.io_model import compulsory_bytes, useful_flops
+from cuflash.problem import Problem
+
+CHUNK = 1024  # queries whose scores the float64 gradients hold
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Operations and bytes are the least for a problem: visible pairs, and each array once."""
+
+    name: str
+    find: Callable[[str], list[Contender]]  # contenders on "cpu" or "cuda", cuflash first
+    error: Callable[[Case, Inputs, Any], float]  # of what Run.to_numpy gives, relative
+    limits: dict[str, float]  # of the error, by dtype
+    flops: Callable[[Problem], float]
+    bytes: Callable[[Problem], float]
+
+
+def gradient_error(case: Case, inputs: Inputs, gradients: tuple[np.ndarray, ...]) -> float:
+    """Largest |gradient - exact| relative to the largest exact one, over samples of the last key/value head.
+
+    The sample is 32 queries of dq and 32 keys of dk and dv; the cotangent is `contenders.cotangent(inputs)`.
+    """
+    q, k, v = (x[-1].astype(np.float64) for x in inputs)
+    dout = contenders.cotangent(inputs)[-1].astype(np.float64)
+    group = case.num_heads // case.num_kv_heads
+    sample = np.random.default_rng(1).integers(0, case.seqlen, 32)
+    dk, dv = np.zeros((32, case.head_dim)), np.zeros((32, case.head_dim))
+    worst = largest = 0.0
+    for head in range(case.num_heads - group, case.num_heads):
+        dq = np.empty((case.seqlen, case.head_dim))
+        for begin in range(0, case.seqlen, CHUNK):
+            rows = slice(begin, begin + CHUNK)
+            scores = np.where(case.visible(rows), case.problem.scale * (q[rows, head] @ k[:, -1].T), -np.inf)
+            p = np.exp(scores - scores.max(axis=1, keepdims=True))
+            p /= p.sum(axis=1, keepdims=True)
+            dp = dout[rows, head] @ v[:, -1].T
+            ds = case.problem.scale * p * (dp - (p * dp).sum(axis=1, keepdims=True))
+            dq[rows] = ds @ k[:, -1]
+            dk += ds[:, sample].T @ q[rows, head]
+            dv += p[:, sample].T @ dout[rows, head]
+        worst = max(worst, float(np.abs(gradients[0][-1, sample, head].astype(np.float64) - dq[sample]).max()))
+        largest = max(largest, float(np.abs(dq).max()))
+    errors = [worst / largest]
+    for got, exact in zip(gradients[1:], (dk, dv), strict=True):
+        errors.append(float(np.abs(got[-1, sample, -1].astype(np.float64) - exact).max() / np.abs(exact).max()))
+    return max(errors)
+
+
+def backward_flops(problem: Problem) -> float:
+    """Five products to the forward's two: S, dQ and dK along head_dim, dP and dV along head_dim_v."""
+    along_both = problem.head_dim + problem.head_dim_v
+    return useful_flops(problem) * (3 * problem.head_dim + 2 * problem.head_dim_v) / along_both
+
+
+def backward_bytes(problem: Problem) -> float:
+    """Each of q, k, v, out and their cotangents once: twice what the forward moves."""
+    return 2.0 * compulsory_bytes(problem)
+
+
+GRADIENT_LIMITS = {dtype: 4 * limit for dtype, limit in ERROR_LIMITS.items()}
+
+PASSES = {
+    "forward": Pass(
+        "forward", lambda device: contenders.find(device), sample_error, ERROR_LIMITS, useful_flops, compulsory_bytes
+    ),
+    "backward": Pass(
+        "backward",
+        lambda device: contenders.find_backward(device, with_forward=False),
+        gradient_error,
+        GRADIENT_LIMITS,
+        backward_flops,
+        backward_bytes,
+    ),
+    "forward_backward": Pass(
+        "forward_backward",
+        lambda device: contenders.find_backward(device, with_forward=True),
+        gradient_error,
+        GRADIENT_LIMITS,
+        lambda problem: useful_flops(problem) + backward_flops(problem),
+        lambda problem: compulsory_bytes(problem) + backward_bytes(problem),
+    ),
+}
