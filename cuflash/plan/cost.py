@@ -59,7 +59,7 @@ def registers(config: ForwardConfig) -> int:
     rows = config.block_m // (16 * config.num_warps)
     scores, outputs = rows * config.block_n // 2, rows * config.block_dv // 2
     queries = rows * round_up(config.head_dim, 16) // 4 if config.q_in_registers else 4 * rows
-    rest = 46 + 4 * rows
+    rest = 50 + 4 * rows
     if config.bias_dtype != "none":
         rest += 12
     if config.split:

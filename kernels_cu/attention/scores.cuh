@@ -47,20 +47,28 @@ struct ScoreRule {
     // Base-2 score of what `apply` leaves in S: multiplier * S.
     __device__ __forceinline__ float multiplier() const { return kRaw ? params.scale * kLog2E : 1.0f; }
 
+    // Scores of one tile; `cut`: some of its keys are hidden from some rows.
+    template <int kM, int kN>
+    __device__ __forceinline__ void apply(float (&S)[kM][kN][4], int first_key, bool cut) const {
+        if constexpr (kBiased) {
+            if (cut) transform_rows<true>(S, first_key + column);
+            else transform_rows<false>(S, first_key + column);
+        } else if constexpr (C.softcapped) {
+            transform_rows<false>(S, first_key + column);
+        }
+        if (!cut) return;
+#pragma unroll
+        for (int m = 0; m < kM; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) mask(S[m], h, row + 16 * m + 8 * h, first_key + column);
+    }
+
     template <bool kCut, int kM, int kN>
-    __device__ __forceinline__ void apply(float (&S)[kM][kN][4], int first_key) const {
-        if constexpr (!kRaw) {
+    __device__ __forceinline__ void transform_rows(float (&S)[kM][kN][4], int key) const {
 #pragma unroll
-            for (int m = 0; m < kM; ++m)
+        for (int m = 0; m < kM; ++m)
 #pragma unroll
-                for (int h = 0; h < 2; ++h) transform<kCut>(S[m], h, row + 16 * m + 8 * h, first_key + column);
-        }
-        if constexpr (kCut) {
-#pragma unroll
-            for (int m = 0; m < kM; ++m)
-#pragma unroll
-                for (int h = 0; h < 2; ++h) mask(S[m], h, row + 16 * m + 8 * h, first_key + column);
-        }
+            for (int h = 0; h < 2; ++h) transform<kCut>(S[m], h, row + 16 * m + 8 * h, key);
     }
 
     // S = softcap(scale S) + bias, times log2 e. Of a bias the elements of the tile's rows and visible keys are read,

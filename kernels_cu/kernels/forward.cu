@@ -41,12 +41,6 @@ struct Place {
     int row = thread / 32 * 16 * kM;  // its warp's first, in the query tile
 };
 
-// A compile-time choice as an argument.
-template <bool kValue>
-struct Flag {
-    static constexpr bool value = kValue;
-};
-
 // One thread finds out what the block computes.
 template <ForwardConfig C>
 __device__ __forceinline__ void locate(ForwardShared<C>& shared, const ForwardParams& params) {
@@ -102,25 +96,20 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
     if (work.row_begin >= work.len_q) return;
 
     // Start the copy of K(j) or V(j), j the tile at `position`; of a cut tile, only of the visible keys.
-    const auto load_k = [&](auto cut, int position) {
-        const u32 target = ptx::shared_address(shared.k[position % kStages]);
-        KLoader::template load<cut.value>(target, shared.keys, params.k_strides[1], C.head_dim,
-                                          tiles.tile(position) * C.block_n, tiles.key_begin, tiles.key_end);
+    const auto load_k = [&](int position) {
+        KLoader::load(position < tiles.cut_end(), ptx::shared_address(shared.k[position % kStages]), shared.keys,
+                      params.k_strides[1], C.head_dim, tiles.tile(position) * C.block_n, tiles.key_begin, tiles.key_end);
     };
-    const auto load_v = [&](auto cut, int position) {
-        const u32 target = ptx::shared_address(shared.v[position % kStages]);
-        VLoader::template load<cut.value>(target, shared.values, params.v_strides[1],
-                                          C.head_dim_v - work.chunk * C.block_dv, tiles.tile(position) * C.block_n,
-                                          tiles.key_begin, tiles.key_end);
+    const auto load_v = [&](int position) {
+        VLoader::load(position < tiles.cut_end(), ptx::shared_address(shared.v[position % kStages]), shared.values,
+                      params.v_strides[1], C.head_dim_v - work.chunk * C.block_dv, tiles.tile(position) * C.block_n,
+                      tiles.key_begin, tiles.key_end);
     };
     // The same for the next tile, if there is one, with two stages K and V.
-    const auto load_next = [&](auto cut, int position) {
-        const auto start = [&](auto next_cut) {
-            load_k(next_cut, position + 1);
-            if constexpr (kStages == 2) load_v(next_cut, position + 1);
-        };
-        if (cut.value && position + 1 < tiles.cut_end()) start(Flag<true>());
-        else if (position + 1 < tiles.end) start(Flag<false>());
+    const auto load_next = [&](int position) {
+        if (position + 1 >= tiles.end) return;
+        load_k(position + 1);
+        if constexpr (kStages == 2) load_v(position + 1);
     };
 
     LeftFragments<kM, C.q_in_registers ? kD : 1> q_fragments;
@@ -154,12 +143,12 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
         }
     };
 
-    // One tile of keys; of a cut one, some scores are masked.
-    const auto visit = [&](auto cut, int position) {
+    // One tile of keys.
+    const auto visit = [&](int position) {
         ptx::cp_async_wait<0>();  // this thread's share of K(j), with two stages also V(j), has landed
         __syncthreads();          // everyone's has; everyone is done with V(j-1), with two stages also K(j-1)
-        if constexpr (kStages == 1) load_v(cut, position);
-        else load_next(cut, position);
+        if constexpr (kStages == 1) load_v(position);
+        else load_next(position);
         ptx::cp_async_commit();
 
         float S[kM][2 * kN][4];
@@ -167,32 +156,30 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
         if constexpr (kStages == 1) {
             ptx::cp_async_wait<0>();  // this thread's share of V(j) has landed
             __syncthreads();          // everyone's has; everyone is done with K(j)
-            load_next(cut, position);
+            load_next(position);
             ptx::cp_async_commit();
         }
 
         const Place<kM> here;
         const ScoreRule<C> rule(params, work, tiles, work.row_begin + here.row + here.lane / 4, 2 * (here.lane % 4));
-        rule.template apply<cut.value>(S, tiles.tile(position) * C.block_n);  // S = mask(softcap(S) + bias)
+        rule.apply(S, tiles.tile(position) * C.block_n, position < tiles.cut_end());  // S = mask(softcap(S) + bias)
         softmax.update(S, O, rule.multiplier());  // S becomes P = 2^(S - m), O and l follow a grown m
         multiply_pv(S, position, here.lane);      // O += P V(j)
     };
 
     if (tiles.begin < tiles.end) {
         const u16* q = row_at(params.q, params.q_strides, work.batch_entry, work.q_start, work.head);
-        QLoader::template load<true>(ptx::shared_address(shared.q), q, params.q_strides[1], C.head_dim, work.row_begin, 0,
-                                     work.len_q);
-        load_k(Flag<true>(), tiles.begin);
-        if constexpr (kStages == 2) load_v(Flag<true>(), tiles.begin);
+        QLoader::load(true, ptx::shared_address(shared.q), q, params.q_strides[1], C.head_dim, work.row_begin, 0,
+                      work.len_q);
+        load_k(tiles.begin);
+        if constexpr (kStages == 2) load_v(tiles.begin);
         ptx::cp_async_commit();
         if constexpr (C.q_in_registers) {
             ptx::cp_async_wait<0>();  // this thread's share of Q has landed
             __syncthreads();          // everyone's has
             q_fragments.template load<QTile>(q_address(Place<kM>()));
         }
-        int position = tiles.begin;
-        for (; position < tiles.cut_end(); ++position) visit(Flag<true>(), position);
-        for (; position < tiles.end; ++position) visit(Flag<false>(), position);
+        for (int position = tiles.begin; position < tiles.end; ++position) visit(position);
     }
     softmax.finish(O);  // O /= l, m becomes lse
     store_results<C>(O, softmax.m, shared, params);

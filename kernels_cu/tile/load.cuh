@@ -16,10 +16,16 @@ struct TileLoader {
     static constexpr int kRowStep = kThreads / Tile::kSpan;
 
     // Rows first_row .. first_row + kRows - 1 of `array` [..][columns], row_stride elements apart, into the tile at shared
-    // address `tile`. Of a kPartial tile only the rows [begin, end) are read, the others become zero.
+    // address `tile`. Of a partial tile only the rows [begin, end) are read, the others become zero.
+    static __device__ __forceinline__ void load(bool partial, u32 tile, const u16* array, i64 row_stride, int columns,
+                                                int first_row, int begin, int end) {
+        if (partial) load_rows<true>(tile, array, row_stride, columns, first_row, begin, end);
+        else load_rows<false>(tile, array, row_stride, columns, first_row, begin, end);
+    }
+
     template <bool kPartial>
-    static __device__ __forceinline__ void load(u32 tile, const u16* array, i64 row_stride, int columns, int first_row,
-                                                int begin, int end) {
+    static __device__ __forceinline__ void load_rows(u32 tile, const u16* array, i64 row_stride, int columns,
+                                                     int first_row, int begin, int end) {
         const int thread = ptx::thread_index();
         const int row = thread / Tile::kSpan, chunk = thread % Tile::kSpan;
         const u32 target = tile + Tile::offset(row, chunk);
