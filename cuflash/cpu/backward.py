@@ -35,7 +35,8 @@ from cuflash.cpu.tiles import (
 )
 from cuflash.problem import Problem
 
-BLOCK_GROUPS = 4  # groups of rows whose scores are made together: P and dS of a block stay in L2
+MAX_BLOCK_GROUPS = 4  # groups of rows whose scores are made together: P and dS of a block stay in L2
+MIN_WIDTH = 24  # keys of one product over the queries of a block: so few that the product stays on its thread
 MIN_ITEMS = 32  # items are made small to have that many
 SMALL = 2**15  # scores below which threads cost more than they save
 
@@ -116,7 +117,7 @@ def _items(problem: Problem, sequences: list[Arrays], bias_sum: BiasSum | None) 
         if len_q == 0 or key_range[0] >= key_range[1]:
             continue
         rows = -(-len_q // -(-len_q // MAX_ROWS))
-        item_rows = rows * max(BLOCK_GROUPS, wanted_rows // rows)
+        item_rows = rows * max(MAX_BLOCK_GROUPS, wanted_rows // rows)
         begins = range(0, len_q, item_rows)
         for kv_head in range(problem.num_kv_heads):
             keys = _Keys(problem, sequence, kv_head, *key_range, rows, problem.group * len(begins))
@@ -220,8 +221,8 @@ class _Item:
         if seen.start < seen.stop:
             for tile in self.keys.tiles(seen.start, seen.stop):
                 own = slice(tile.begin - seen.start, tile.end - seen.start)
-                for first in range(0, len(self.q), BLOCK_GROUPS):
-                    self._add(tile, first, min(first + BLOCK_GROUPS, len(self.q)), dk[own], dv[own])
+                for first in range(0, len(self.q), self.block):
+                    self._add(tile, first, min(first + self.block, len(self.q)), dk[own], dv[own])
         self.dq *= problem.scale
         dq = self.dq.reshape(len(self.dq) * self.keys.rows, problem.head_dim)
         sequence.dq[self.begin : self.end, self.head] = dq[: self.end - self.begin]
@@ -255,12 +256,13 @@ class _Item:
         self.q, self.dout = q.reshape(-1, rows, q.shape[1]), dout.reshape(-1, rows, dout.shape[1])
         self.lse = lse.reshape(-1, rows, 1)
         self.dq: np.ndarray = np.zeros((*self.q.shape[:2], problem.head_dim), dtype)
-        block = min(BLOCK_GROUPS, len(self.q)) * rows
-        self.scores: np.ndarray = np.empty((3 if problem.softcap else 2, block * self.keys.tile), dtype)
-        widest = max(problem.head_dim, problem.head_dim_v)
-        self.products: np.ndarray = np.empty(max(block, self.keys.tile) * widest, dtype)
-        # Keys of a product with all queries of a block that stays on the calling thread.
-        self.width = max(1, min(MAX_MATVEC, MAX_PRODUCT // max(1, widest)) // block // 8 * 8)
+        widest = max(1, problem.head_dim, problem.head_dim_v)
+        most = min(MAX_MATVEC, MAX_PRODUCT // widest) // rows
+        self.block = max(1, min(MAX_BLOCK_GROUPS, len(self.q), most // MIN_WIDTH))
+        self.width = max(8, most // self.block // 8 * 8)
+        queries = self.block * rows
+        self.scores: np.ndarray = np.empty((3 if problem.softcap else 2, queries * self.keys.tile), dtype)
+        self.products: np.ndarray = np.empty(max(queries, self.keys.tile) * widest, dtype)
 
     def _add(self, tile: _Tile, first: int, last: int, dk: np.ndarray, dv: np.ndarray) -> None:
         """One tile of keys against groups [first, last): those that see none are left out, those on an edge masked."""

@@ -11,7 +11,7 @@ from ml_dtypes import finfo
 
 import cuflash
 from tests import oracle, tolerances
-from tests.attention.cases import LAYOUTS, WIDE_DTYPES, Case, Inputs, _bias_lengths, embed, make
+from tests.attention.cases import LAYOUTS, Case, Inputs, _bias_lengths, embed, make
 
 Cotangent = tuple[np.ndarray, np.ndarray]
 
@@ -70,15 +70,14 @@ def hold_to_oracle(case: Case, inputs: Inputs, cotangent: Cotangent, got: tuple[
     assert [(x.shape, x.dtype) for x in got] == [(x.shape, x.dtype) for x in arrays]
     want = expected(case, inputs, cotangent, oracle.gradients)
     standard = expected(case, inputs, cotangent, oracle.standard_gradients)
-    ulps = 0.0
-    if case.dtype in WIDE_DTYPES:  # P = exp(S - lse) errs by ulps of lse, dP - Δ by ulps of Δ
-        out, lse = vjp(case, inputs)[0]
-        delta = np.abs((cotangent[0] * out).sum(axis=-1)).max(initial=0)
-        ulps = 2 * (np.abs(lse[np.isfinite(lse)]).max(initial=0) + delta)
-    if case.softcap:  # 1 - tanh² errs by an ulp of one in the precision of the sums, however small it is
+    # In the precision of the sums P = exp(S - lse) errs by ulps of lse, dP - Δ by ulps of Δ.
+    out, lse = vjp(case, inputs)[0]
+    delta = (cotangent[0] * out).astype(float).sum(axis=-1)
+    ulps = 2 * sum(np.abs(x[np.isfinite(x)]).max(initial=0) for x in (lse, delta))
+    if case.softcap:  # 1 - tanh² errs by an ulp of one, however small it is
         scale = case.scale or max(1, case.head_dim) ** -0.5
-        largest = max(np.nanmax(np.abs(x.astype(float)), initial=0) for x in (inputs.q, inputs.k))
-        ulps += 10 * scale * largest * float(finfo(tolerances.lse_dtype(case.dtype)).eps / finfo(case.dtype).eps)
+        ulps += 10 * scale * max(np.nanmax(np.abs(x.astype(float)), initial=0) for x in (inputs.q, inputs.k))
+    ulps *= float(finfo(tolerances.lse_dtype(case.dtype)).eps / finfo(case.dtype).eps)
     tolerances.assert_gradients(got, want, standard, case.dtype, ulps)
 
 
