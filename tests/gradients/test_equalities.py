@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import tracemalloc
 from itertools import pairwise
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -16,6 +12,7 @@ import pytest
 import cuflash
 from cuflash.cpu import backward as executor
 from cuflash.cpu import threads
+from cuflash.cpu.tiles import MAX_MATVEC, MAX_PRODUCT
 from tests.attention.cases import Case, make
 from tests.gradients.cases import cotangent, scores_of, vjp
 
@@ -213,23 +210,23 @@ def test_memory_of_a_bias_gradient_is_that_of_the_bias() -> None:
     assert peak(2048, bias=np.zeros((1, 2048, 2048), np.float32)) < 1.2 * scores + peak(2048)
 
 
-CPU_SHARE = """
-import os
-import numpy as np, cuflash
+@pytest.mark.parametrize("dims", [(1, 1), (8, 40), (64, 64), (65, 128), (256, 256), (512, 1)], ids=str)
+@pytest.mark.parametrize("lengths", [(300, 400), (70, 130), (33, 700)], ids=str)
+def test_products_stay_on_their_thread(dims, lengths) -> None:
+    """None is so large that OpenBLAS would start threads of its own: see `cuflash.cpu.tiles`."""
+    sizes, vectors = [], []
+    matmul = np.matmul
 
-x = np.ones((2000, 2, 64), np.float32)
-_, pullback = cuflash.vjp(cuflash.attention, x, x, x)
-before = os.times()
-pullback(x)
-after = os.times()
-print((after.user + after.system - before.user - before.system) / (after.elapsed - before.elapsed))
-"""
+    def measured(a, b, out):
+        m, k, n = *a.shape[-2:], b.shape[-1]
+        (vectors if 1 in (m, n) else sizes).append(m * k * n)
+        return matmul(a, b, out=out)
 
-
-def test_products_start_no_threads_of_blas() -> None:
-    """Every product stays on the thread that asks for it: one thread uses one core, though BLAS has two."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "2"}
-    root = Path(cuflash.__file__).parents[1]
-    command = [sys.executable, "-c", CPU_SHARE]
-    done = subprocess.run(command, env=environment, cwd=root, check=True, capture_output=True, text=True)
-    assert float(done.stdout) < 1.2
+    case = Case(dtype="float32", batch=1, head_dim=dims[0], head_dim_v=dims[1], softcap=2.0).of_lengths(*lengths)
+    inputs = make(case)
+    pullback = vjp(case, inputs)[1]
+    with mock.patch.object(np, "matmul", measured):
+        pullback(cotangent(case, inputs))
+    assert max(sizes, default=0) <= MAX_PRODUCT
+    assert max(vectors + sizes) > 0
+    assert max(vectors, default=0) <= MAX_MATVEC
