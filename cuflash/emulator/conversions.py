@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cuflash.emulator.dtypes import F2, F4, F8, I4, U2, U4, U8
+from cuflash.emulator.dtypes import F2, F4, F8, I4, U1, U2, U4, U8
 
 NAN16 = np.uint16(0x7FFF)
 
@@ -106,11 +106,62 @@ def truncate_half(value: np.ndarray) -> np.ndarray:
     return np.where(over, np.nextafter(result, np.float16(0)), result)
 
 
-def to_tf32(value: np.ndarray) -> np.ndarray:
-    """TF32 of float32 (cvt.rna): ten bits of mantissa, ties away from zero."""
+def to_tf32(value: np.ndarray, rounding: str) -> np.ndarray:
+    """TF32 of float32, ten bits of mantissa: to nearest with ties away from zero (rna) or to even (rn), or toward
+    zero (rz)."""
     bits = np.asarray(value, F4).view(U4)
-    rounded = (bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
-    return np.where(np.isfinite(value), rounded, bits).astype(U4)
+    magnitude = bits & np.uint32(0x7FFFFFFF)
+    if rounding == "rna":
+        magnitude = magnitude + np.uint32(0x1000)
+    elif rounding == "rn":
+        magnitude = magnitude + (np.uint32(0xFFF) + ((bits >> np.uint32(13)) & np.uint32(1)))
+    rounded = magnitude & np.uint32(0x7FFFE000) | bits & np.uint32(0x80000000)
+    return np.where(np.isnan(value), np.uint32(0x7FFFFFFF), rounded)
+
+
+def _float8(mantissa: int, bias: int) -> np.ndarray:
+    """float32 of every pattern of eight bits, as if there were neither infinity nor NaN."""
+    patterns = np.arange(256)
+    exponent, fraction = patterns >> mantissa & (0x7F >> mantissa), patterns & ((1 << mantissa) - 1)
+    whole = fraction + np.where(exponent > 0, 1 << mantissa, 0)
+    value = np.ldexp(whole.astype(F4), np.maximum(exponent, 1) - bias - mantissa)
+    return np.where(patterns < 128, value, -value)
+
+
+FLOAT8 = {"e4m3": _float8(3, 7), "e5m2": _float8(2, 15)}  # float32 by pattern
+FLOAT8["e4m3"][[0x7F, 0xFF]] = np.nan
+FLOAT8["e5m2"][[0x7C, 0xFC]] = np.inf, -np.inf
+FLOAT8["e5m2"][[0x7D, 0x7E, 0x7F, 0xFD, 0xFE, 0xFF]] = np.nan
+
+
+def _middles(kind: str) -> np.ndarray:
+    """Boundaries between neighbours among the finite numbers that are not negative, in the order of their patterns."""
+    values = FLOAT8[kind][:128].astype(F8)
+    values = values[np.isfinite(values)]
+    return (values[1:] + values[:-1]) / 2
+
+
+FLOAT8_MIDDLES = {kind: _middles(kind) for kind in FLOAT8}
+
+
+def to_float8(value: np.ndarray, kind: str) -> np.ndarray:
+    """float8 bits of float16 or float32, rounded to nearest even; past the largest number that one (.satfinite); NaN
+    becomes 0x7F."""
+    value = np.asarray(value).astype(F8)
+    below, upto = (np.searchsorted(FLOAT8_MIDDLES[kind], np.abs(value), side) for side in ("left", "right"))
+    pattern = np.where(below % 2 == 0, below, upto)  # they differ by one on a boundary
+    return np.where(np.isnan(value), 0x7F, pattern | np.where(np.signbit(value), 0x80, 0)).astype(U1)
+
+
+def pack_float8_pair(low: np.ndarray, high: np.ndarray, kind: str) -> np.ndarray:
+    """One 16-bit word of two float8, each rounded from float16 or float32."""
+    return to_float8(low, kind).astype(U2) | (to_float8(high, kind).astype(U2) << np.uint16(8))
+
+
+def widen_float8_pair(packed: np.ndarray, kind: str) -> np.ndarray:
+    """One 32-bit word of two float16 from a 16-bit word of two float8."""
+    packed = np.asarray(packed)
+    return pack_half_pair(FLOAT8[kind][packed & np.uint16(0xFF)], FLOAT8[kind][packed >> np.uint16(8)])
 
 
 def odd_to_single(x: np.ndarray) -> np.ndarray:

@@ -8,12 +8,13 @@ from cuflash.emulator.faults import Site
 
 # Register and operand kinds are NumPy type codes: u = unsigned, i = signed, f = IEEE floating, then bytes; "p" =
 # predicate.
-# bfloat16 and packed types travel as unsigned bits.
+# bfloat16, float8 and packed types travel as unsigned bits.
 KINDS = {
     "b8": "u1", "u8": "u1", "s8": "i1",
     "b16": "u2", "u16": "u2", "s16": "i2", "f16": "f2", "bf16": "u2",
     "b32": "u4", "u32": "u4", "s32": "i4", "f32": "f4", "f16x2": "u4", "bf16x2": "u4", "tf32": "u4",
     "b64": "u8", "u64": "u8", "s64": "i8", "f64": "f8",
+    "e4m3": "u1", "e5m2": "u1", "e4m3x2": "u2", "e5m2x2": "u2",
     "pred": "p",
 }  # fmt: skip
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cuflash.emulator.conversions import halves, pack_half_pair
-from cuflash.emulator.dtypes import F2, F4, F8, I4, U2, U4
+from cuflash.emulator.conversions import FLOAT8, halves, pack_half_pair
+from cuflash.emulator.dtypes import F2, F4, F8, I4, U1, U2, U4
 
 if TYPE_CHECKING:
     from cuflash.emulator.lanes import Lanes
@@ -92,6 +92,22 @@ def left_tf32(X: Lanes, registers: Registers, rows: int, depth: int) -> np.ndarr
 
 def right_tf32(X: Lanes, registers: Registers, columns: int, depth: int) -> np.ndarray:
     return (_right_words(X, registers, U4) & np.uint32(0xFFFFE000)).view(F4).transpose(0, 2, 1)
+
+
+def left_e4m3(X: Lanes, registers: Registers, rows: int, depth: int) -> np.ndarray:
+    return FLOAT8["e4m3"][_left_words(X, registers, U4).view(U1)]
+
+
+def right_e4m3(X: Lanes, registers: Registers, columns: int, depth: int) -> np.ndarray:
+    return FLOAT8["e4m3"][_right_words(X, registers, U4).view(U1)].transpose(0, 2, 1)
+
+
+def left_e5m2(X: Lanes, registers: Registers, rows: int, depth: int) -> np.ndarray:
+    return FLOAT8["e5m2"][_left_words(X, registers, U4).view(U1)]
+
+
+def right_e5m2(X: Lanes, registers: Registers, columns: int, depth: int) -> np.ndarray:
+    return FLOAT8["e5m2"][_right_words(X, registers, U4).view(U1)].transpose(0, 2, 1)
 
 
 def left_f64(X: Lanes, registers: Registers, rows: int, depth: int) -> np.ndarray:

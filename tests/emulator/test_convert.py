@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from cuflash.emulator import UnsupportedInstruction
 from tests.emulator.programs import evaluate
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -195,9 +196,62 @@ def test_float64_to_shorter() -> None:
 
 
 def test_tf32() -> None:
-    x = np.array([0x3F800FFF, 0x3F801000, 0x3F801001, 0xBF803000], np.uint32).view(np.float32)
-    expected = [0x3F800000, 0x3F802000, 0x3F802000, 0xBF804000]
-    assert evaluate("cvt.rna.tf32.f32 %d, %0;", x).tolist() == expected
+    """Around a boundary, an odd and an even neighbour below it, the largest number, a subnormal one."""
+    x = np.array(
+        [0x3F800FFF, 0x3F801000, 0x3F801001, 0x3F803000, 0xBF803000, 0xBF801000, 0x7F7FFFFF, 0x00001000], np.uint32
+    ).view(np.float32)  # fmt: skip
+    expected = {
+        "rna": [0x3F800000, 0x3F802000, 0x3F802000, 0x3F804000, 0xBF804000, 0xBF802000, 0x7F800000, 0x00002000],
+        "rn": [0x3F800000, 0x3F800000, 0x3F802000, 0x3F804000, 0xBF804000, 0xBF800000, 0x7F800000, 0x00000000],
+        "rz": [0x3F800000, 0x3F800000, 0x3F800000, 0x3F802000, 0xBF802000, 0xBF800000, 0x7F7FE000, 0x00000000],
+    }
+    special = np.array([np.inf, -np.inf, np.nan, -0.0], np.float32)
+    for rounding, words in expected.items():
+        assert evaluate(f"cvt.{rounding}.tf32.f32 %d, %0;", x).tolist() == words
+        kept = evaluate(f"cvt.{rounding}.tf32.f32 %d, %0;", special).tolist()
+        assert kept == [0x7F800000, 0xFF800000, 0x7FFFFFFF, 0x80000000]
+    assert evaluate("cvt.rn.relu.tf32.f32 %d, %0;", np.float32([-2, 3])).tolist() == [0, 0x40400000]
+
+
+FLOAT8 = {"e4m3": np.dtype(ml_dtypes.float8_e4m3fn), "e5m2": np.dtype(ml_dtypes.float8_e5m2)}
+
+
+@pytest.mark.parametrize("name", FLOAT8)
+def test_rounding_to_float8(name: str) -> None:
+    """Every finite number, every boundary and its neighbours, of both signs; beyond the largest number; NaN."""
+    numbers = np.arange(128, dtype=np.uint8).view(FLOAT8[name]).astype(np.float32)
+    numbers = numbers[np.isfinite(numbers)]
+    last = len(numbers) - 1
+    pattern = np.arange(last, dtype=np.uint8)
+    middle = (numbers[1:] + numbers[:-1]) / 2
+    below, above = np.nextafter(middle, np.float32(0)), np.nextafter(middle, np.float32(np.inf))
+    x = np.concatenate([numbers, middle, below, above, [numbers[-1] * 2, np.inf]]).astype(np.float32)
+    expected = np.concatenate([np.arange(last + 1), pattern + pattern % 2, pattern, pattern + 1, [last, last]])
+    packed = evaluate(f"cvt.rn.satfinite.{name}x2.f32 %d, %0, %1;", x, -x, out="u2")
+    np.testing.assert_array_equal(packed, expected << 8 | expected | 0x80)
+    nan = evaluate(f"cvt.rn.satfinite.{name}x2.f32 %d, %0, %1;", np.float32(np.nan), np.float32(1), out="u2")
+    assert nan[0] >> 8 == 0x7F
+    relu = evaluate(f"cvt.rn.satfinite.relu.{name}x2.f32 %d, %0, %1;", np.float32(-2), np.float32(0), out="u2")
+    assert relu[0] == 0
+
+
+@pytest.mark.parametrize("name", FLOAT8)
+def test_float8_to_and_from_float16(name: str) -> None:
+    low, high = (ALL16 & 0xFF).astype(np.uint8).view(FLOAT8[name]), (ALL16 >> 8).astype(np.uint8).view(FLOAT8[name])
+    wide = evaluate(f"cvt.rn.f16x2.{name}x2 %d, %0;", ALL16).view("f2").reshape(-1, 2)
+    np.testing.assert_array_equal(wide, np.stack([low, high], -1).astype("f2"))
+    words = wide.copy().view("u4")[:, 0]
+    finite = np.isfinite(wide).all(axis=1)
+    back = evaluate(f"cvt.rn.satfinite.{name}x2.f16x2 %d, %0;", words, out="u2")
+    np.testing.assert_array_equal(back[finite], ALL16[finite])
+
+
+@pytest.mark.parametrize(
+    "form", ["rn.satfinite.f16.f32", "rna.satfinite.tf32.f32", "rna.relu.tf32.f32", "rn.e4m3x2.f32", "rz.f16x2.e5m2x2"]
+)
+def test_other_forms_are_refused(form: str) -> None:
+    with pytest.raises(UnsupportedInstruction, match="cvt"):
+        evaluate(f"cvt.{form} %d, %0;", np.float32(1))
 
 
 def test_saturating_to_unit_interval() -> None:

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cuflash.emulator import Device
+from cuflash.emulator import Device, UnsupportedInstruction
 from tests.emulator.programs import compile_cuda, run_cuda
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -14,7 +14,13 @@ GROUP, QUAD = np.arange(32) // 4, np.arange(32) % 4
 
 
 def multiply(
-    shape: str, types: str, a: np.ndarray, b: np.ndarray, c: np.ndarray, device: Device | None = None
+    shape: str,
+    types: str,
+    a: np.ndarray,
+    b: np.ndarray,
+    c: np.ndarray,
+    device: Device | None = None,
+    arch: str = "sm_80",
 ) -> np.ndarray:
     """One mma.sync per warp on fragments (warps, 32, registers); returns d's fragments."""
     letters = {"f8": "d", "f4": "f", "u4": "r"}
@@ -39,28 +45,39 @@ def multiply(
       for (int k = 0; k < {nc}; k++) out[i * {nc} + k] = d[k];
     }}
     """
-    device = device or Device()
+    device = device or Device(arch)
     arrays = [device.to_device(np.ascontiguousarray(x), name=n) for x, n in zip((a, b, c), "abc", strict=True)]
     out = device.empty(c.shape, c.dtype, name="d")
-    device.load(compile_cuda(source)).kernel("kernel").launch(1, 32 * len(a), [*arrays, out])
+    ptx = compile_cuda(source, f"--gpu-architecture={arch.replace('sm', 'compute')}")
+    device.load(ptx).kernel("kernel").launch(1, 32 * len(a), [*arrays, out])
     return out.to_host()
 
 
-def words16(matrix: np.ndarray) -> np.ndarray:
-    """Pairs along the last axis as 32-bit words."""
+def words(matrix: np.ndarray) -> np.ndarray:
+    """Neighbours along the last axis as 32-bit words: pairs of 16-bit elements, fours of 8-bit ones."""
     return np.ascontiguousarray(matrix).view(np.uint32)
+
+
+def left(a: np.ndarray) -> np.ndarray:
+    """A (warps, rows, k words or numbers) to fragments: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4), ..."""
+    halves = a.shape[1] // 8
+    registers = range(halves * a.shape[2] // 4)
+    return np.stack([a[:, GROUP + 8 * (r % halves), QUAD + 4 * (r // halves)] for r in registers], -1)
+
+
+def right(b: np.ndarray) -> np.ndarray:
+    """B transposed (warps, 8, k words or numbers) to fragments: (t, g), (t + 4, g), ..."""
+    return np.stack([b[:, GROUP, QUAD + 4 * r] for r in range(b.shape[2] // 4)], -1)
 
 
 def left16(a: np.ndarray) -> np.ndarray:
     """A (warps, 16, k) to fragments (warps, 32, k / 4): a0 (g, 2t), a1 (g + 8, 2t), a2 (g, 2t + 8), a3 both."""
-    w = words16(a)
-    return np.stack([w[:, GROUP + 8 * (r % 2), QUAD + 4 * (r // 2)] for r in range(a.shape[2] // 4)], -1)
+    return left(words(a))
 
 
 def right16(b: np.ndarray) -> np.ndarray:
     """B (warps, k, 8) to fragments: b0 (2t, g), b1 (2t + 8, g)."""
-    w = words16(b.swapaxes(1, 2))
-    return np.stack([w[:, GROUP, QUAD + 4 * r] for r in range(b.shape[1] // 8)], -1)
+    return right(words(b.swapaxes(1, 2)))
 
 
 def accumulators(c: np.ndarray) -> np.ndarray:
@@ -85,7 +102,7 @@ def test_mma_of_sixteen_bit_types(depth: int, dtype: np.dtype) -> None:
     np.testing.assert_allclose(result, accumulators(exact), rtol=0, atol=2e-6)
     if dtype != BF16:
         half = c.astype("f2")
-        packed = words16(accumulators(half))
+        packed = words(accumulators(half))
         result = multiply(f"m16n8k{depth}", "f16.f16.f16.f16", left16(a), right16(b), packed)
         np.testing.assert_allclose(result.view("f2"), accumulators(a.astype("f8") @ b.astype("f8") + half), atol=8e-3)
 
@@ -110,40 +127,115 @@ def test_mma_of_infinities_and_subnormals() -> None:
     assert result[0, 4, 0] == 2.0**-24
 
 
+def truncated(x: np.ndarray) -> np.ndarray:
+    """What a product takes of a float32 that was not rounded to TF32."""
+    return (x.view("u4") & np.uint32(0xFFFFE000)).view("f4")
+
+
 @pytest.mark.parametrize("depth", [4, 8])
 def test_mma_of_tf32(depth: int) -> None:
     rng = np.random.default_rng(2)
     a, b, c = (rng.standard_normal(s).astype("f4") for s in ((2, 16, depth), (2, depth, 8), (2, 16, 8)))
-    left = np.stack([a[:, GROUP + 8 * (r % 2), QUAD + 4 * (r // 2)] for r in range(depth // 2)], -1).view("u4")
-    right = np.stack([b[:, QUAD + 4 * r, GROUP] for r in range(depth // 4)], -1).view("u4")
-    result = multiply(f"m16n8k{depth}", "f32.tf32.tf32.f32", left, right, accumulators(c))
-    short_a, short_b = ((x.view("u4") & np.uint32(0xFFFFE000)).view("f4").astype("f8") for x in (a, b))
-    np.testing.assert_allclose(result, accumulators(short_a @ short_b + c), atol=2e-6)
+
+    def product(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+        fragments = left(a).view("u4"), right(b.swapaxes(1, 2)).view("u4"), accumulators(c)
+        return multiply(f"m16n8k{depth}", "f32.tf32.tf32.f32", *fragments)
+
+    result = product(a, b, c)
+    np.testing.assert_allclose(result, accumulators(truncated(a).astype("f8") @ truncated(b) + c), rtol=0, atol=2e-6)
+    np.testing.assert_array_equal(result, product(truncated(a), truncated(b), c))
+    assert np.abs(result - accumulators(a.astype("f8") @ b + c)).max() > 1e-4  # the low bits are gone
+    whole = [np.rint(200 * x).astype("f4") for x in (a, b, c)]
+    np.testing.assert_array_equal(product(*whole), accumulators(whole[0] @ whole[1] + whole[2]))
 
 
-def test_mma_of_float64() -> None:
+FLOAT64_SHAPES = {"m8n8k4": "sm_80", "m16n8k4": "sm_90", "m16n8k8": "sm_90", "m16n8k16": "sm_90"}
+
+
+@pytest.mark.parametrize("shape", FLOAT64_SHAPES)
+def test_mma_of_float64(shape: str) -> None:
     rng = np.random.default_rng(3)
-    a, b, c = rng.standard_normal((2, 8, 4)), rng.standard_normal((2, 4, 8)), rng.standard_normal((2, 8, 8))
-    result = multiply(
-        "m8n8k4", "f64.f64.f64.f64", a[:, GROUP, QUAD][..., None], b[:, QUAD, GROUP][..., None], accumulators(c)
-    )
-    np.testing.assert_allclose(result, accumulators(a @ b + c), atol=1e-14)
+    rows, depth = int(shape[1:].split("n")[0]), int(shape.split("k")[1])
+    a, b, c = (rng.standard_normal(s) for s in ((2, rows, depth), (2, depth, 8), (2, rows, 8)))
+    for x, y, z, tolerance in ((a, b, c, 2e-14), (*(np.rint(1e6 * m) for m in (a, b, c)), 0)):
+        fragments = left(x), right(y.swapaxes(1, 2)), accumulators(z)
+        result = multiply(shape, "f64.f64.f64.f64", *fragments, arch=FLOAT64_SHAPES[shape])
+        np.testing.assert_allclose(result, accumulators(x @ y + z), rtol=0, atol=tolerance)
 
 
-def test_mma_does_not_depend_on_how_many_warps_run_together() -> None:
+FLOAT8 = {"e4m3": np.dtype(ml_dtypes.float8_e4m3fn), "e5m2": np.dtype(ml_dtypes.float8_e5m2)}
+
+
+@pytest.mark.parametrize("first", FLOAT8)
+@pytest.mark.parametrize("second", FLOAT8)
+def test_mma_of_float8(first: str, second: str) -> None:
+    rng = np.random.default_rng(6)
+    a, b, c = (rng.standard_normal(s).astype("f4") for s in ((2, 16, 32), (2, 32, 8), (2, 16, 8)))
+    for x, y, z, tolerance in ((a, b, c, 4e-6), (np.rint(3 * a), np.rint(3 * b), np.rint(100 * c), 0)):
+        x, y = x.astype(FLOAT8[first]), y.astype(FLOAT8[second])
+        fragments = left(words(x)), right(words(y.swapaxes(1, 2))), accumulators(z)
+        result = multiply("m16n8k32", f"f32.{first}.{second}.f32", *fragments, arch="sm_89")
+        exact = x.astype("f8") @ y.astype("f8") + z
+        np.testing.assert_allclose(result, accumulators(exact), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", FLOAT8)
+def test_mma_reads_every_finite_float8(name: str) -> None:
+    """All patterns as elements of A, times eight columns of the unit matrix at a time."""
+    patterns = np.arange(512, dtype=np.uint16).astype(np.uint8).reshape(1, 16, 32).view(FLOAT8[name])
+    numbers = np.where(np.isfinite(patterns.astype("f4")), patterns, 0).astype(FLOAT8[name])
+    zeros = accumulators(np.zeros((1, 16, 8), "f4"))
+    for start in range(0, 32, 8):
+        unit = np.eye(32)[None, start : start + 8].astype(FLOAT8[name])
+        fragments = left(words(numbers)), right(words(unit)), zeros
+        result = multiply("m16n8k32", f"f32.{name}.{name}.f32", *fragments, arch="sm_89")
+        np.testing.assert_array_equal(result, accumulators(numbers[:, :, start : start + 8].astype("f4")))
+
+
+@pytest.mark.parametrize(
+    ("form", "types", "arch"),
+    [
+        ("m16n8k16", "f32.f16.f16.f32", "sm_80"),
+        ("m16n8k8", "f32.tf32.tf32.f32", "sm_80"),
+        ("m8n8k4", "f64.f64.f64.f64", "sm_80"),
+        ("m16n8k16", "f64.f64.f64.f64", "sm_90"),
+        ("m16n8k32", "f32.e4m3.e5m2.f32", "sm_89"),
+    ],
+)
+def test_mma_does_not_depend_on_how_many_warps_run_together(form: str, types: str, arch: str) -> None:
     rng = np.random.default_rng(4)
-    a, b, c = (
-        rng.standard_normal((32, 16, 16)),
-        rng.standard_normal((32, 16, 8)),
-        rng.standard_normal((32, 16, 8)).astype("f4"),
-    )
-    fragments = left16(a.astype("f2")), right16(b.astype("f2")), accumulators(c)
-    together = multiply("m16n8k16", "f32.f16.f16.f32", *fragments)
+    rows, depth = int(form[1:].split("n")[0]), int(form.split("k")[1])
+    result, first, second, _ = types.split(".")
+    numpy = {"f16": np.dtype("f2"), "tf32": np.dtype("f4"), "f32": np.dtype("f4"), "f64": np.dtype("f8"), **FLOAT8}
+    a = rng.standard_normal((32, rows, depth)).astype(numpy[first])
+    b = rng.standard_normal((32, 8, depth)).astype(numpy[second])
+    c = rng.standard_normal((32, rows, 8)).astype(numpy[result])
+    fragments = (left(a), right(b)) if result == "f64" else (left(words(a)), right(words(b)))
+
+    def run(chosen: slice, device: Device | None = None) -> np.ndarray:
+        parts = (f[chosen] for f in (*fragments, accumulators(c)))
+        return multiply(form, types, *parts, device=device, arch=arch).view("u4")
+
+    together = run(slice(None))
     for k in (0, 7, 31):
-        alone = multiply("m16n8k16", "f32.f16.f16.f32", *(f[k : k + 1] for f in fragments))
-        np.testing.assert_array_equal(alone[0].view("u4"), together[k].view("u4"))
-    parts = multiply("m16n8k16", "f32.f16.f16.f32", *(f[5:16] for f in fragments), device=Device(warp_order=2))
-    np.testing.assert_array_equal(parts.view("u4"), together[5:16].view("u4"))
+        np.testing.assert_array_equal(run(slice(k, k + 1))[0], together[k])
+    np.testing.assert_array_equal(run(slice(5, 16), Device(arch, warp_order=2)), together[5:16])
+
+
+@pytest.mark.parametrize(
+    ("form", "types"),
+    [
+        ("m16n8k32", "f32.f16.f16.f32"),
+        ("m16n8k16", "f32.tf32.tf32.f32"),
+        ("m16n8k16", "f32.f16.bf16.f32"),
+        ("m16n8k8", "f32.f64.f64.f32"),
+        ("m16n8k32", "f16.e4m3.e4m3.f16"),
+    ],
+)
+def test_mma_of_other_forms_is_refused(form: str, types: str) -> None:
+    nothing = np.zeros((1, 32, 1), "f4")
+    with pytest.raises(UnsupportedInstruction, match=f"mma.{form}"):
+        multiply(form, types, nothing, nothing, nothing)
 
 
 @pytest.mark.parametrize("number", [1, 2, 4])

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from cuflash.emulator.translate import BlockBuilder
 
 FLOATS = ("f16", "bf16", "f32", "f64")
+FLOAT8_PAIRS = ("e4m3x2", "e5m2x2")
 TO_INTEGER = {"rni": "rint", "rzi": "trunc", "rmi": "floor", "rpi": "ceil"}
 
 
@@ -21,14 +22,18 @@ def cvt(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     rounding = m.option("rni", "rzi", "rmi", "rpi", "rn", "rz", "rna", "rm", "rp")
     ftz, sat, relu, finite = m.flag("ftz"), m.flag("sat"), m.flag("relu"), m.flag("satfinite")
     to, source = m.type(), m.type()
-    if finite:
-        raise b.unsupported("cvt.satfinite is not supported")
-    if to in ("f16x2", "bf16x2"):
+    if finite != (to in FLOAT8_PAIRS):
+        raise b.unsupported(f"cvt.satfinite is needed to float8, and supported nowhere else (here {to})")
+    if to in FLOAT8_PAIRS:
+        _to_float8(b, i, to, source, rounding, relu)
+    elif source in FLOAT8_PAIRS:
+        _from_float8(b, i, to, source, rounding, relu)
+    elif to in ("f16x2", "bf16x2"):
         _to_pair(b, i, to, source, rounding, relu)
     elif to == "tf32":
-        if rounding != "rna":
-            raise b.unsupported(f"cvt.{rounding}.tf32 is not supported")
-        b.write(i.operands[0], "u4", f"to_tf32({_relu(b.read(i.operands[1], 'f4'), relu)})")
+        if source != "f32" or rounding not in ("rna", "rn", "rz") or (relu and rounding == "rna"):
+            raise b.unsupported(f"cvt.{rounding}{'.relu' * relu}.tf32.{source} is not supported")
+        b.write(i.operands[0], "u4", f"to_tf32({_relu(b.read(i.operands[1], 'f4'), relu)}, {rounding!r})")
     elif to in FLOATS and source in FLOATS:
         _float_to_float(b, i, to, source, rounding, (ftz, sat, relu))
     elif to in FLOATS:
@@ -54,6 +59,28 @@ def _to_pair(b: BlockBuilder, i: Instruction, to: str, source: str, rounding: st
         return
     convert = "truncate_half({}).view(U2)" if to == "f16x2" else "truncate_bfloat({})"
     b.write(i.operands[0], "u4", f"pack16({convert.format(low)}, {convert.format(high)})")
+
+
+def _to_float8(b: BlockBuilder, i: Instruction, to: str, source: str, rounding: str | None, relu: bool) -> None:
+    """cvt.rn.satfinite.e4m3x2.f32 d, a, b: a becomes the upper half, b the lower; from .f16x2, halves stay in place."""
+    if source == "f32" and len(i.operands) == 3:
+        high, low = (b.read(x, "f4") for x in i.operands[1:])
+    elif source == "f16x2":
+        pair = b.temporary(f"halves({b.read(i.operands[1], 'u4')})")
+        low, high = f"{pair}[..., 0]", f"{pair}[..., 1]"
+    else:
+        raise b.unsupported(f"cvt.{to}.{source} of {len(i.operands) - 1} operands is not supported")
+    if rounding != "rn":
+        raise b.unsupported(f"cvt.{rounding}.{to}.{source} is not supported")
+    kind = to.removesuffix("x2")
+    b.write(i.operands[0], "u2", f"pack_float8_pair({_relu(low, relu)}, {_relu(high, relu)}, {kind!r})")
+
+
+def _from_float8(b: BlockBuilder, i: Instruction, to: str, source: str, rounding: str | None, relu: bool) -> None:
+    if to != "f16x2" or rounding != "rn" or relu:
+        raise b.unsupported(f"cvt.{rounding}{'.relu' * relu}.{to}.{source} is not supported")
+    kind = source.removesuffix("x2")
+    b.write(i.operands[0], "u4", f"widen_float8_pair({b.read(i.operands[1], 'u2')}, {kind!r})")
 
 
 def _float_to_float(

@@ -51,32 +51,37 @@ def movmatrix(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     b.write(i.operands[0], "u4", f"transpose_matrix(X, {b.read(i.operands[1], 'u4')})")
 
 
-SHAPES = {"m16n8k8": (16, 8, 8), "m16n8k16": (16, 8, 16), "m16n8k4": (16, 8, 4), "m8n8k4": (8, 8, 4)}
+SHAPES = {  # rows, columns, depth
+    "m8n8k4": (8, 8, 4), "m16n8k4": (16, 8, 4), "m16n8k8": (16, 8, 8), "m16n8k16": (16, 8, 16), "m16n8k32": (16, 8, 32),
+}  # fmt: skip
+FORMS = {  # type of A: its shapes, the types of B beside it, the types in which it is summed
+    "f16": (("m16n8k8", "m16n8k16"), ("f16",), ("f32", "f16")),
+    "bf16": (("m16n8k8", "m16n8k16"), ("bf16",), ("f32",)),
+    "tf32": (("m16n8k4", "m16n8k8"), ("tf32",), ("f32",)),
+    "f64": (("m8n8k4", "m16n8k4", "m16n8k8", "m16n8k16"), ("f64",), ("f64",)),
+    "e4m3": (("m16n8k32",), ("e4m3", "e5m2"), ("f32",)),
+    "e5m2": (("m16n8k32",), ("e4m3", "e5m2"), ("f32",)),
+}
 
 
 @instruction("mma", operands=4)
 def mma(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
-    """D = A·B + C. Fragments are turned into float32 matrices once per block of code and reused."""
+    """D = A·B + C. Fragments are turned into float32 or float64 matrices once per block of code and reused."""
     m.one_of("sync")
     m.one_of("aligned")
     shape = m.one_of(*SHAPES)
     m.one_of("row")
     m.one_of("col")
     result, a_type, b_type, c_type = m.type(), m.type(), m.type(), m.type()
-    supported = {
-        ("f16", "m16n8k16"), ("f16", "m16n8k8"), ("bf16", "m16n8k16"), ("bf16", "m16n8k8"),
-        ("tf32", "m16n8k8"), ("tf32", "m16n8k4"),
-        ("f64", "m8n8k4"), ("f64", "m16n8k4"), ("f64", "m16n8k8"), ("f64", "m16n8k16"),
-    }  # fmt: skip
-    accumulate = {"f64": ("f64",), "f16": ("f32", "f16")}.get(a_type, ("f32",))
-    if a_type != b_type or (a_type, shape) not in supported or result != c_type or result not in accumulate:
+    shapes, partners, sums = FORMS.get(a_type, ((), (), ()))
+    if shape not in shapes or b_type not in partners or result != c_type or result not in sums:
         raise b.unsupported(f"mma.{shape} of {a_type}, {b_type}, {c_type} to {result} is not supported")
     b.count_class(f"mma_{shape}_{a_type}")
     rows, columns, depth = SHAPES[shape]
     target, x, y, c = i.operands
-    kind = {"f64": "f8"}.get(a_type, "u4")
+    kind = "f8" if a_type == "f64" else "u4"
     left = _fragment(b, "left", [b.read(v, kind) for v in b.parts(x)], a_type, rows, depth)
-    right = _fragment(b, "right", [b.read(v, kind) for v in b.parts(y)], a_type, columns, depth)
+    right = _fragment(b, "right", [b.read(v, kind) for v in b.parts(y)], b_type, columns, depth)
     keep = {"f32": "f4", "f64": "f8", "f16": "u4"}[result]
     start = "".join(f"{b.read(v, keep)}, " for v in b.parts(c))
     name = "multiply_half" if result == "f16" else "multiply"
