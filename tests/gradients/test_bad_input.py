@@ -84,7 +84,7 @@ def test_cotangents_of_merge_states() -> None:
             pullback(value)
 
 
-@pytest.mark.parametrize("function", [np.matmul, len, None, "attention", [], cuflash.emulate], ids=str)
+@pytest.mark.parametrize("function", [np.matmul, len, None, "attention", [], cuflash.emulate], ids=lambda f: getattr(f, "__name__", repr(f)))
 def test_functions_without_a_pullback(function) -> None:
     known = "attention, attention_varlen, chunked_attention, merge_states, standard_attention"
     with pytest.raises(InvalidTypeError, match=f"function = .*: must be one that has a pullback: {known}"):
