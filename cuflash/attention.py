@@ -56,11 +56,11 @@ def attention(
     bias : array, optional
         Added to the scores, in natural-log units; broadcasts to (batch, num_heads, seqlen_q, seqlen_k), less the axes
         that q lacks. Its strides are used in place, zeros included. float16, bfloat16, float32, on the CPU float64.
-        -inf hides a key.
+        -inf hides a key; on a GPU so does what is below -2.3e38.
     scale : float, optional
-        Factor of q kᵀ, > 0; 1/√head_dim by default.
+        Factor of q kᵀ, 1e-30 to 1e30, for float64 1e-300 to 1e300; 1/√head_dim by default.
     softcap : float, optional
-        c > 0 bounds the scores by c tanh(x / c) before the bias; none by default.
+        c bounds the scores by c tanh(x / c) before the bias; it and scale / c as large as a scale. None by default.
     return_lse : bool
         Return (out, lse) instead of out.
     out : array (batch, seqlen_q, num_heads, head_dim_v), optional
@@ -86,8 +86,12 @@ def attention(
 
     Notes
     -----
-    Sums are in float32, in float64 for float64. On a GPU the call waits for nothing: it launches on CuPy's current
-    stream of the arrays' device and can be captured in a graph once its kernel is loaded.
+    Sums are in float32, in float64 for float64. NaN and infinities reach only queries that see them; on a GPU those of
+    v also reach the other queries of a tile. On a GPU scores must stay within ±1e8 where there is neither bias nor
+    softcap: the maximum is rounded before it is subtracted.
+
+    On a GPU the call waits for nothing: it launches on CuPy's current stream of the arrays' device and can be captured
+    in a graph once its kernel is loaded.
 
     Examples
     --------

@@ -91,7 +91,10 @@ def whole_number(name: str, value: object) -> int:
 def _positive(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise InvalidTypeError(f"{name} = {value!r}: must be a number or None")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer past float64
+        number = math.inf
     if not (math.isfinite(number) and number > 0):
         raise InvalidValueError(f"{name} = {number}: must be finite and > 0, or None")
     return number
@@ -114,6 +117,8 @@ def problem(q: Layout, k: Layout, v: Layout, bias: Layout | None, asked: Scores,
     batch, seqlen_q, seqlen_k = packing or (axes_q.batch, axes_q.tokens, axes_k.tokens)
     if bias is not None:
         _check_bias(bias, (batch, axes_q.heads, seqlen_q, seqlen_k), len(q.shape), packing is not None)
+    scale = default_scale(axes_q.dim) if asked.scale is None else asked.scale
+    _check_factors(scale, asked.softcap, dtype)
     return Problem(
         batch=batch,
         seqlen_q=seqlen_q,
@@ -123,7 +128,7 @@ def problem(q: Layout, k: Layout, v: Layout, bias: Layout | None, asked: Scores,
         head_dim=axes_q.dim,
         head_dim_v=axes_v.dim,
         dtype=dtype,
-        scale=default_scale(axes_q.dim) if asked.scale is None else asked.scale,
+        scale=scale,
         softcap=asked.softcap,
         left=asked.left,
         right=asked.right,
@@ -169,11 +174,21 @@ def _require_same(name: str, array: Layout, what: str, have: int, want: int, oth
 
 def _common_dtype(q: Layout, k: Layout, v: Layout) -> str:
     if q.dtype not in DTYPE_NAMES:
-        raise InvalidDtypeError(f"q.dtype = {q.dtype}: must be one of {_DTYPES}; cast q, k and v")
+        raise InvalidDtypeError(f"q.dtype = {q.dtype}: must be one of {_DTYPES}, in native byte order; cast q, k and v")
     for name, array in (("k", k), ("v", v)):
         if array.dtype != q.dtype:
             raise InvalidDtypeError(f"{name}.dtype = {array.dtype}: must be {q.dtype}, the dtype of q")
     return DTYPE_NAMES[q.dtype]
+
+
+def _check_factors(scale: float, softcap: float, dtype: str) -> None:
+    """What scores are multiplied by must neither overflow nor vanish where they are computed, in float32 or float64."""
+    digits = 300 if dtype == "float64" else 30
+    least, most = 10.0**-digits, 10.0**digits
+    factors = {"scale": scale, "softcap": softcap, "scale / softcap": scale / softcap} if softcap else {"scale": scale}
+    for name, number in factors.items():
+        if not least <= number <= most:
+            raise InvalidValueError(f"{name} = {number}: must be {least} to {most} for {dtype}")
 
 
 _BIAS_RANKS = {2: "(seqlen_q, seqlen_k)", 3: "(num_heads, seqlen_q, seqlen_k)"}
@@ -182,7 +197,7 @@ _BIAS_RANKS = {2: "(seqlen_q, seqlen_k)", 3: "(num_heads, seqlen_q, seqlen_k)"}
 def _check_bias(bias: Layout, full: tuple[int, int, int, int], rank: int, packed: bool) -> None:
     """A bias broadcasts to `full`, less the axes that the arrays lack; its sequence axes may be longer if packed."""
     if bias.dtype not in DTYPE_NAMES:
-        raise InvalidDtypeError(f"bias.dtype = {bias.dtype}: must be one of {_DTYPES}; cast it")
+        raise InvalidDtypeError(f"bias.dtype = {bias.dtype}: must be one of {_DTYPES}, in native byte order; cast it")
     target: tuple[int, ...] = full
     names = "(batch, num_heads, seqlen_q, seqlen_k)"
     if not packed and rank < 4:
@@ -216,9 +231,6 @@ def check_kernel_limits(asked: Problem, arch: Arch) -> None:
     ):
         if length > MAX_LENGTH:
             raise InvalidShapeError(f"{name} = {length}: must be at most {MAX_LENGTH} on {arch.name}")
-    for name, number in (("scale", asked.scale), ("softcap", asked.softcap or 1.0)):
-        if not 2.0**-126 <= number < 2.0**128:
-            raise InvalidValueError(f"{name} = {number}: must be a normal float32 on {arch.name}")
 
 
 def check_out(out: Layout, shape: tuple[int, ...], dtype: np.dtype) -> None:

@@ -114,7 +114,7 @@ DENSE = {
     "complex": (dense(q=zeros(2, 5, 4, 8, dtype=complex)), Dtype, "q.dtype = complex128: must be"),
     "bool": (dense(q=zeros(2, 5, 4, 8, dtype=bool)), Dtype, "q.dtype = bool: must be.*cast q, k and v"),
     "long double": (dense(q=zeros(2, 5, 4, 8, dtype="g")), Dtype, "q.dtype = float128: must be"),
-    "big endian": (dense(q=zeros(2, 5, 4, 8, dtype=">f4")), Dtype, "q.dtype = >f4: must be"),
+    "big endian": (dense(q=zeros(2, 5, 4, 8, dtype=">f4")), Dtype, "q.dtype = >f4: must be .* in native byte order"),
     "float8": (
         dense(q=zeros(2, 5, 4, 8, dtype=ml_dtypes.float8_e4m3fn)), Dtype, "q.dtype = float8_e4m3fn: must be",
     ),
@@ -148,6 +148,15 @@ DENSE = {
     "scale 0": (dense(scale=0), Value, "scale = 0.0: must be finite and > 0"),
     "scale < 0": (dense(scale=-0.5), Value, "scale = -0.5: must be finite and > 0"),
     "scale inf": (dense(scale=np.inf), Value, "scale = inf: must be finite and > 0"),
+    "scale past float64": (dense(scale=10**400), Value, "scale = inf: must be finite and > 0"),
+    "scale past float32": (dense(scale=1e50), Value, r"scale = 1e\+50: must be 1e-30 to 1e\+30 for float32"),
+    "scale below float32": (dense(scale=1e-50), Value, "scale = 1e-50: must be 1e-30 to"),
+    "softcap past float32": (dense(softcap=1e50), Value, r"softcap = 1e\+50: must be 1e-30 to"),
+    "softcap of float64": (
+        {**{name: array.astype(float) for name, array in dense().items()}, "softcap": 1e-305}, Value,
+        r"softcap = 1e-305: must be 1e-300 to 1e\+300 for float64",
+    ),
+    "scale by softcap": (dense(scale=1e20, softcap=1e-20), Value, r"scale / softcap = 1e\+40: must be 1e-30 to"),
     "scale is a str": (dense(scale="1"), Type, "scale = '1': must be a number or None"),
     "scale is a bool": (dense(scale=True), Type, "scale = True: must be a number or None"),
     "scale is complex": (dense(scale=1j), Type, "scale = 1j: must be a number or None"),
@@ -326,8 +335,6 @@ KERNELS = {
         half(q=zeros(2, 5, 4, 513, dtype=F16), k=zeros(2, 6, 2, 513, dtype=F16)), Shape, "q.shape.-1. = 513: must be 1",
     ),
     "head_dim_v 513": (half(v=zeros(2, 6, 2, 513, dtype=F16)), Shape, "v.shape.-1. = 513: must be 1 to 512 on sm_80"),
-    "scale too small": (half(scale=1e-50), Value, "scale = 1e-50: must be a normal float32 on sm_80"),
-    "softcap too large": (half(softcap=1e50), Value, "softcap = 1e.50: must be a normal float32 on sm_80"),
     "config of other dims": (
         half(options=Options(config=ForwardConfig(**CONFIG))), Value, r"options\.config|ForwardConfig|config",
     ),
