@@ -97,6 +97,8 @@ def _take_dlpack(value: Any, name: str) -> NativeArray:
         raise InvalidValueError(f"out is a {type_name(value)}: must be writeable, which JAX arrays are not")
     if getattr(value, "requires_grad", False):
         raise InvalidTypeError(f"{name} requires grad: must not, since no gradient flows back; pass {name}.detach()")
+    if hasattr(value, "is_neg") and value.is_neg():  # torch negates such a view as it reads; DLPack does not say so
+        raise InvalidValueError(f"{name} is a negated view: must be resolved; pass {name}.resolve_neg()")
     try:
         device_type, device_id = value.__dlpack_device__()
         if device_type == dlpack.CPU:

@@ -171,6 +171,15 @@ def test_tensor_that_requires_grad() -> None:
         cuflash.attention(q, k, v.requires_grad_())
 
 
+def test_negated_view() -> None:
+    """The imaginary part of a conjugate is such a view: its memory holds the numbers with the other sign."""
+    q, k, v = map(to_torch, numpy_arrays("float32"))
+    negated = torch.complex(k, k).conj().imag
+    with pytest.raises(InvalidValueError, match=r"k is a negated view: must be resolved; pass k.resolve_neg\(\)"):
+        cuflash.attention(q, negated, v)
+    assert torch.equal(cuflash.attention(q, negated.resolve_neg(), v), cuflash.attention(q, -k, v))
+
+
 def test_tensors_that_have_no_plain_memory() -> None:
     q, k, v = map(to_torch, numpy_arrays("float32"))
     with pytest.raises(InvalidTypeError, match=r"k is a torch.Tensor: must be a concrete array that DLPack can export"):
