@@ -33,6 +33,16 @@ def test_info(capsys, own_cache):
     assert "device" in text
 
 
+@pytest.mark.parametrize("arguments", [["info"], ["explain", "--shape", "64,32"]], ids=["info", "explain"])
+@pytest.mark.parametrize("python", [[], ["-u"]], ids=["buffered", "unbuffered"])
+def test_a_reader_that_leaves(arguments, python):
+    """As of `python -m cuflash info | head -1`: nothing to complain about."""
+    command = [sys.executable, *python, "-m", "cuflash", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
 def test_info_says_what_an_extra_lacks(capsys, monkeypatch):
     installed = {"filelock": "3.0", "rich": "13.0", "cuflash": "0.1"}
     requirements = [
