@@ -8,70 +8,16 @@ emulator from two sides. Tolerances are those of the PTX ISA, chapters on floati
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
 
-LANES = 32
+from tests.golden.conversions import SHORT_FORMATS
+from tests.golden.products import PRODUCTS
+from tests.golden.program import LANES, Expected, Program
+
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F16 = np.dtype(np.float16)
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What outputs must be: exact words, or float32 values within `error` (absolute, by element) of `value`."""
-
-    words: np.ndarray | None = None  # uint32 (threads, outputs)
-    value: np.ndarray | None = None  # float64 (threads, outputs)
-    error: np.ndarray | None = None
-
-    def check(self, out: np.ndarray, slack: float = 1.0) -> None:
-        """Raises AssertionError where `out`, uint32 (threads, outputs), is not as expected."""
-        if self.words is not None:
-            np.testing.assert_array_equal(out, self.words)
-            return
-        got = out.view(np.float32).astype(np.float64)
-        special = ~np.isfinite(self.value)
-        np.testing.assert_array_equal(got[special], self.value[special])
-        got, value, allowed = got[~special], self.value[~special], slack * self.error[~special]
-        error = np.abs(got - value)
-        worst = int(np.argmax(error - allowed))
-        assert np.all(error <= allowed), f"{got[worst]} against {value[worst]}"
-
-
-@dataclass(frozen=True)
-class Program:
-    """A unit for `cuflash.jit`: body of one instruction, its inputs (seeded), its model."""
-
-    name: str
-    header: str
-    body: str
-    outputs: int
-    make_inputs: Callable[[np.random.Generator], np.ndarray]  # uint32 (threads, inputs), whole warps
-    model: Callable[[np.ndarray], Expected]
-
-    @property
-    def entry(self) -> str:
-        return f"golden_{self.name}"
-
-    def inputs(self) -> np.ndarray:
-        words = self.make_inputs(np.random.default_rng(7))
-        return np.ascontiguousarray(words[: len(words) // LANES * LANES], np.uint32)
-
-    def unit(self) -> str:
-        count = self.inputs().shape[1]
-        return (
-            f'#include "ptx/{self.header}.cuh"\n'
-            "using namespace cuflash;\n"
-            f'extern "C" __global__ void __launch_bounds__({LANES}) {self.entry}(const u32* in, u32* out) {{\n'
-            f"    const int thread = {LANES} * blockIdx.x + threadIdx.x, lane = threadIdx.x;\n"
-            f"    u32 a[{count}], d[{self.outputs}];\n"
-            f"    for (int i = 0; i < {count}; ++i) a[i] = in[{count} * thread + i];\n"
-            f"    {self.body}\n"
-            f"    for (int i = 0; i < {self.outputs}; ++i) out[{self.outputs} * thread + i] = d[i];\n"
-            "}\n"
-        )
 
 
 def _floats(*parts: np.ndarray) -> np.ndarray:
@@ -293,57 +239,4 @@ MEMORY = (
     *(_cp_async_program(width) for width in (4, 8, 16)),
 )
 
-
-# --- matrix products --------------------------------------------------------------------------------------------------
-
-
-def _mma_inputs(dtype: np.dtype) -> Callable[[np.random.Generator], np.ndarray]:
-    def inputs(rng: np.random.Generator) -> np.ndarray:
-        """Per thread: 4 words of A, 2 of B (pairs of dtype), 4 of C (float32); magnitudes differ by warp."""
-        warps = 64
-        size = np.exp2(rng.integers(-6, 7, (warps, 1, 1)).astype(np.float64))
-        products = (size * rng.standard_normal((warps, LANES, 12))).astype(dtype).view(np.uint32)
-        sums = (rng.choice([0.0, 1.0, 1e3], (warps, 1, 1)) * rng.standard_normal((warps, LANES, 4))).astype(np.float32)
-        return np.concatenate([products, sums.view(np.uint32)], axis=2).reshape(-1, 10)
-
-    return inputs
-
-
-def _mma(dtype: np.dtype) -> Callable[[np.ndarray], Expected]:
-    def model(words: np.ndarray) -> Expected:
-        lanes = words.reshape(-1, LANES, 10)
-        row, pair = np.divmod(np.arange(LANES), 4)
-        pairs = np.ascontiguousarray(lanes[:, :, :6]).view(dtype).astype(np.float64).reshape(-1, LANES, 6, 2)
-        a, b, c = np.zeros((len(lanes), 16, 16)), np.zeros((len(lanes), 16, 8)), np.zeros((len(lanes), 16, 8))
-        for low in range(2):  # element of a pair
-            for i in range(4):  # A: rows r, r + 8, r, r + 8; columns 2c, 2c, 2c + 8, 2c + 8
-                a[:, row + 8 * (i % 2), 2 * pair + low + 8 * (i // 2)] = pairs[:, :, i, low]
-            for i in range(2):  # B: rows 2c, 2c + 8; column r
-                b[:, 2 * pair + low + 8 * i, row] = pairs[:, :, 4 + i, low]
-        places = [(row + 8 * (i // 2), 2 * pair + i % 2) for i in range(4)]
-        for i, place in enumerate(places):
-            c[:, *place] = lanes[:, :, 6 + i].view(np.float32)
-        exact, magnitude = c + a @ b, np.abs(c) + np.abs(a) @ np.abs(b)
-
-        def fragment(matrix: np.ndarray) -> np.ndarray:
-            return np.stack([matrix[:, *place] for place in places], axis=2).reshape(-1, 4)
-
-        # Products are exact; sums are in float32 at least, in any order and with any rounding: 17 terms, each cut at
-        # 2^-23 of the largest.
-        return Expected(value=fragment(exact), error=17 * 2.0**-23 * fragment(magnitude))
-
-    return model
-
-
-def _mma_program(name: str, dtype: np.dtype) -> Program:
-    body = f"""float sums[4];
-    for (int i = 0; i < 4; ++i) sums[i] = __uint_as_float(a[6 + i]);
-    const u32 left[4] = {{a[0], a[1], a[2], a[3]}};
-    ptx::{name}(sums, left, a[4], a[5]);
-    for (int i = 0; i < 4; ++i) d[i] = __float_as_uint(sums[i]);"""
-    return Program(name, "matrix", body, 4, _mma_inputs(dtype), _mma(dtype))
-
-
-PRODUCTS = (_mma_program("mma_m16n8k16_f16", F16), _mma_program("mma_m16n8k16_bf16", BF16))
-
-PROGRAMS = (*SPECIAL_FUNCTIONS, *CONVERSIONS, *SHUFFLES, *MEMORY, *PRODUCTS)
+PROGRAMS = (*SPECIAL_FUNCTIONS, *CONVERSIONS, *SHORT_FORMATS, *SHUFFLES, *MEMORY, *PRODUCTS)

@@ -6,17 +6,19 @@ import numpy as np
 import pytest
 
 from cuflash.emulator import Device
-from cuflash.jit import compile_ptx
-from tests.golden.programs import LANES, PROGRAMS, Expected
+from cuflash.errors import CompileError
+from cuflash.jit import compile_cubin, compile_ptx
+from tests.golden.program import LANES, Expected
+from tests.golden.programs import PROGRAMS
 
 RECORDINGS = sorted(Path(__file__).parent.glob("*.npz"))
 
 
 def emulate(program, inputs):
-    device = Device("sm_80")
+    device = Device(program.arch)
     source = device.to_device(inputs, name="in")
     target = device.empty((len(inputs), program.outputs), np.uint32, name="out")
-    kernel = device.load(compile_ptx(program, "sm_80")).kernel(program.entry)
+    kernel = device.load(compile_ptx(program, program.arch)).kernel(program.entry)
     kernel.launch((len(inputs) // LANES, 1, 1), (LANES, 1, 1), [source, target])
     return target.to_host()
 
@@ -28,8 +30,18 @@ def test_the_emulator_keeps_to_the_instruction_set(program):
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.name)
+def test_the_assembler_has_the_instruction_from_its_capability_on(program):
+    assert compile_cubin(program, program.arch).exists()
+    if program.capability > 80:
+        with pytest.raises(CompileError):
+            compile_cubin(program, {89: "sm_86", 90: "sm_89"}[program.capability])
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.name)
 def test_every_recording_of_a_gpu_agrees_with_model_and_emulator(program):
     for path in RECORDINGS:
+        if int(path.stem.removeprefix("sm_")) < program.capability:
+            continue
         with np.load(path) as recording:
             inputs, recorded = recording[f"{program.name}.in"], recording[f"{program.name}.out"]
         expected = program.model(inputs)
@@ -37,8 +49,8 @@ def test_every_recording_of_a_gpu_agrees_with_model_and_emulator(program):
         if expected.words is not None:
             np.testing.assert_array_equal(emulate(program, inputs), recorded)
         else:
-            there = recorded.view(np.float32).astype(np.float64)
-            Expected(value=there, error=expected.error).check(emulate(program, inputs), slack=2.0)
+            there = expected.numbers(recorded)
+            Expected(value=there, error=expected.error, dtype=expected.dtype).check(emulate(program, inputs), slack=2.0)
 
 
 def test_a_wrong_output_is_noticed():
@@ -52,6 +64,6 @@ def test_a_wrong_output_is_noticed():
             finite = np.argmax(np.isfinite(expected.value) & (expected.error > 0))
             shifted = expected.value.copy()
             shifted.flat[finite] += 3 * expected.error.flat[finite]
-            out = shifted.astype(np.float32).view(np.uint32)
+            out = shifted.astype(expected.dtype).view(np.uint32)
         with pytest.raises(AssertionError):
             expected.check(out)
