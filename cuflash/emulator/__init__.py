@@ -11,10 +11,10 @@ runs next) with `lanes`, `barriers` and `progress`, `memory` and `shared` (every
 (what is ordered before what), `races` and `writers`, and `report`. `faults` has the errors.
 
 Arithmetic rounds as the PTX ISA says, a fused multiply-add once. Not bit for bit as on a GPU: the approximate functions
-(exact here to the last bit or so), sums of matrix products (float32 here, in an order of its own), the payload of a
-NaN. What PTX leaves undefined is a fault where a program could come to depend on it: reads of what nothing has written,
-data races, warp-wide instructions without their warp. Races are looked for in all accesses to shared memory, and
-between writes to global memory.
+(exact here to the last bit or so), sums of matrix products (in an order of its own and rounded to nearest, but cut
+toward zero, as a GPU cuts them, for TF32), the payload of a NaN. What PTX leaves undefined is a fault where a program
+could come to depend on it: reads of what nothing has written, data races, warp-wide instructions without their warp.
+Races are looked for in all accesses to shared memory, and between writes to global memory.
 """
 
 from cuflash.emulator.arch import ARCHS, Arch

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cuflash.emulator.conversions import FLOAT8, halves, pack_half_pair
-from cuflash.emulator.dtypes import F2, F4, F8, I4, U1, U2, U4
+from cuflash.emulator.dtypes import F2, F4, F8, I4, U1, U2, U4, U8
 
 if TYPE_CHECKING:
     from cuflash.emulator.lanes import Lanes
@@ -86,12 +86,13 @@ def right_bf16(X: Lanes, registers: Registers, columns: int, depth: int) -> np.n
 
 
 def left_tf32(X: Lanes, registers: Registers, rows: int, depth: int) -> np.ndarray:
-    """The low thirteen bits of a float32 do not take part."""
-    return (_left_words(X, registers, U4) & np.uint32(0xFFFFE000)).view(F4)
+    """float64, which holds products and nearly all their sums exactly. The low thirteen bits of a float32 do not take
+    part."""
+    return (_left_words(X, registers, U4) & np.uint32(0xFFFFE000)).view(F4).astype(F8)
 
 
 def right_tf32(X: Lanes, registers: Registers, columns: int, depth: int) -> np.ndarray:
-    return (_right_words(X, registers, U4) & np.uint32(0xFFFFE000)).view(F4).transpose(0, 2, 1)
+    return (_right_words(X, registers, U4) & np.uint32(0xFFFFE000)).view(F4).astype(F8).transpose(0, 2, 1)
 
 
 def left_e4m3(X: Lanes, registers: Registers, rows: int, depth: int) -> np.ndarray:
@@ -128,6 +129,18 @@ def multiply(
     product = np.matmul(left, right)
     parts = product.reshape(*X.shape[:2], product.shape[1] // 8, 32, 2)
     return [parts[:, :, k // 2, :, k % 2] + c for k, c in enumerate(start)]
+
+
+SINGLE_BITS = np.uint64(0xFFFFFFFFE0000000)  # of a float64 that are a float32's too
+
+
+def multiply_cut(X: Lanes, left: np.ndarray, right: np.ndarray, start: Registers) -> list[np.ndarray]:
+    """multiply of float64 factors, each sum cut to float32 toward zero.
+
+    So do tensor cores (Fasi et al. 2021, Ootomo and Yokota 2022), where it decides whether float32 made of TF32 is
+    accurate: the errors of a chain of sums have one sign and add up. Cut once an instruction, the least that is known.
+    """
+    return [(x.view(U8) & SINGLE_BITS).view(F8).astype(F4) for x in multiply(X, left, right, start)]
 
 
 def multiply_half(

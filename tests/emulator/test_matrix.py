@@ -149,6 +149,17 @@ def test_mma_of_tf32(depth: int) -> None:
     np.testing.assert_array_equal(product(*whole), accumulators(whole[0] @ whole[1] + whole[2]))
 
 
+def test_sums_of_tf32_are_cut_toward_zero() -> None:
+    """1 + 1.5 · 2^-24 would round up to 1 + 2^-23; a chain of such sums errs to one side."""
+    a, b, c = np.zeros((1, 16, 8), "f4"), np.zeros((1, 8, 8), "f4"), np.zeros((1, 16, 8), "f4")
+    a[:, :8, 3], b[:, 3], c[:, :8] = 1.5 * 2.0**-24, 1, 1
+    a[:, 8:, 3], c[:, 8:] = -(2.0**-23 + 1.5 * 2.0**-24), -1
+    fragments = left(a).view("u4"), right(b.swapaxes(1, 2)).view("u4"), accumulators(c)
+    result = multiply("m16n8k8", "f32.tf32.tf32.f32", *fragments)
+    np.testing.assert_array_equal(result[..., :2], 1)
+    np.testing.assert_array_equal(result[..., 2:], np.float32(-1 - 2.0**-23))
+
+
 FLOAT64_SHAPES = {"m8n8k4": "sm_80", "m16n8k4": "sm_90", "m16n8k8": "sm_90", "m16n8k16": "sm_90"}
 
 

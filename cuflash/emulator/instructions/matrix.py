@@ -84,7 +84,7 @@ def mma(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     right = _fragment(b, "right", [b.read(v, kind) for v in b.parts(y)], b_type, columns, depth)
     keep = {"f32": "f4", "f64": "f8", "f16": "u4"}[result]
     start = "".join(f"{b.read(v, keep)}, " for v in b.parts(c))
-    name = "multiply_half" if result == "f16" else "multiply"
+    name = "multiply_half" if result == "f16" else "multiply_cut" if a_type == "tf32" else "multiply"
     values = b.temporary(f"{name}(X, {left}, {right}, ({start}))")
     for k, v in enumerate(b.parts(target)):
         b.write(v, keep, f"{values}[{k}]")
