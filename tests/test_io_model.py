@@ -8,7 +8,7 @@ import pytest
 from cuflash import io_model
 from cuflash.errors import InvalidValueError
 from cuflash.plan.arch import ARCHS
-from cuflash.plan.gpus import GPUS, gpu_named, gpu_of_arch
+from cuflash.plan.gpus import GPUS, gpu_named
 from cuflash.problem import Problem
 
 PROBLEM = Problem(2, 100, 70, num_heads=6, num_kv_heads=2, head_dim=40, head_dim_v=24, dtype="bfloat16", scale=1.0)
@@ -121,7 +121,7 @@ def test_rates_follow_from_multiprocessors_and_clock(gpu):
 
 def test_every_architecture_has_a_gpu():
     for arch in ARCHS:
-        assert gpu_of_arch(arch).arch_name == arch
+        assert arch in {gpu.arch_name for gpu in GPUS.values()}
 
 
 def test_errors_name_argument_value_and_requirement():

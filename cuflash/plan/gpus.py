@@ -68,9 +68,3 @@ def gpu_named(name: str) -> Gpu:
         return GPUS[key]
     except KeyError:
         raise InvalidValueError(f"gpu = {name!r}: must be one of {', '.join(GPUS)}") from None
-
-
-def gpu_of_arch(arch: str) -> Gpu:
-    """The first named GPU of an architecture."""
-    arch_named(arch)
-    return next(gpu for gpu in GPUS.values() if gpu.arch_name == arch)
