@@ -377,16 +377,16 @@ ret;
         ("mov.u32 %r1, unknown_variable;", "unknown_variable is not a variable of this module"),
         ("bra nowhere;", "label nowhere is not in this function"),
         (
-            "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%f1,%f2,%f3,%f4}, {%r1,%r2,%r3,%r4}, {%r1,%r2}, "
+            "mma.sync.aligned.m16n8k32.row.col.f32.s8.s8.f32 {%f1,%f2,%f3,%f4}, {%r1,%r2,%r3,%r4}, {%r1,%r2}, "
             "{%f1,%f2,%f3,%f4};",
             "mma",
         ),
         ("cp.async.bulk.commit_group;", "cp"),
         ("cp.async.cg.shared.global [%r1], [%rd1], 8;", "with .cg 16"),
-        ("cvt.rn.tf32.f32 %r1, %f1;", "cvt.rn.tf32"),
+        ("cvt.rm.tf32.f32 %r1, %f1;", "cvt.rm.tf32"),
         ("wgmma.fence.sync.aligned;", "wgmma"),
         ("ld.global.u32 %r1, [%rd1], 7, 8, 9;", "operands"),
-        ("cvt.rn.satfinite.e4m3x2.f32 %r1, %f1, %f2;", "cvt"),
+        ("cvt.rn.satfinite.f16x2.f32 %r1, %f1, %f2;", "cvt"),
         ("atom.global.sub.u32 %r1, [%rd1], %r2;", "atom"),
         ("call helper;", "call"),
         ("barrier.cluster.arrive;", "this form of barrier is not supported"),
