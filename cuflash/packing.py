@@ -69,7 +69,7 @@ def _take_side(
 
 
 def _native(name: str, value: Any) -> NativeArray:
-    if not isinstance(value, tuple | list):
+    if not isinstance(value, tuple | list | range):
         return kind_of(value, name).take(value, name)
     try:
         return np.asarray(value) if value else np.zeros(0, np.int64)

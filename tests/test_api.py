@@ -139,6 +139,8 @@ class TestVarlen:
         for other in ((0, 5, 18), offsets, offsets.astype(np.uint8), np.repeat(offsets, 2).astype(np.int32)[::2]):
             got = device.run(cuflash.attention_varlen, q, k, v, other, other, max_seqlen_q=18)
             np.testing.assert_allclose(got.astype(float), want.astype(float), atol=2e-3)
+        want, got = (device.run(cuflash.attention_varlen, q, k, v, x, x) for x in ([0, 9, 18], range(0, 19, 9)))
+        np.testing.assert_array_equal(got, want)
 
     def test_no_sequence(self, device) -> None:
         q, k, v = (x.reshape(-1, 2, 16) for x in qkv(seqlen_q=9))

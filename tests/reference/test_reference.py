@@ -179,6 +179,21 @@ def test_array_modules(module, feature, vjp) -> None:
         np.testing.assert_allclose(np.asarray(got), want, rtol=1e-4, atol=2e-5)
 
 
+@VJPS
+@pytest.mark.parametrize("feature", ["causal", "softcap", "bias"])
+def test_arrays_of_the_device(device, feature, vjp) -> None:
+    """CuPy's with --device=cuda; elsewhere NumPy's."""
+    q, k, v, keywords = make(7, 5, feature)
+
+    def out_and_gradients(q, k, v, **keywords):
+        out, pullback = vjp(q, k, v, **keywords)
+        return (out, *pullback(out))
+
+    want = out_and_gradients(q, k, v, **keywords)
+    for given, wanted in zip(device.run(out_and_gradients, q, k, v, **keywords), want, strict=True):
+        np.testing.assert_allclose(given, wanted, rtol=1e-10, atol=1e-12)
+
+
 def test_bfloat16_of_torch() -> None:
     import torch
 
