@@ -190,8 +190,8 @@ def test_arrays_of_the_device(device, feature, vjp) -> None:
         return (out, *pullback(out))
 
     want = out_and_gradients(q, k, v, **keywords)
-    for given, wanted in zip(device.run(out_and_gradients, q, k, v, **keywords), want, strict=True):
-        np.testing.assert_allclose(given, wanted, rtol=1e-10, atol=1e-12)
+    for got, wanted in zip(device.run(out_and_gradients, q, k, v, **keywords), want, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-10, atol=1e-12)
 
 
 def test_bfloat16_of_torch() -> None:
