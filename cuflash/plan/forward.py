@@ -95,14 +95,22 @@ def plan_forward(
 def _best_config(required: tuple[tuple[str, object], ...], arch: Arch, few_rows: bool, split: bool) -> ForwardConfig:
     """The configuration that is cheapest for long sequences. No length enters, so that none asks for a compilation."""
     configs = [config for config in _candidates(dict(required), few_rows, split) if _fits(config, arch)]
+    return min(configs, key=lambda config: clocks_per_query(config, arch, few_rows))
 
-    def clocks_per_pair(config: ForwardConfig) -> float:
-        tiles = LONG / config.block_n
-        work = Work(BUSY_BLOCKS * arch.sm_count, tiles, tiles)
-        rows = min(config.block_m, FEW_ROWS) if few_rows else config.block_m
-        return cycles(config, work, arch, arch.sm_count) / rows
 
-    return min(configs, key=clocks_per_pair)
+def clocks_per_query(config: ForwardConfig, arch: Arch, few_rows: bool) -> float:
+    """What the configurations are ranked by: the model's clocks of many long sequences, per query of a tile."""
+    tiles = LONG / config.block_n
+    rows = min(config.block_m, FEW_ROWS) if few_rows else config.block_m
+    return cycles(config, Work(BUSY_BLOCKS * arch.sm_count, tiles, tiles), arch, arch.sm_count) / rows
+
+
+def ranked_configs(problem: Problem, arch: Arch, *, load_bytes: int, store_bytes: int) -> list[ForwardConfig]:
+    """Every tiling whose tiles fit the shared memory, whether or not its registers do, in the cost model's order."""
+    few_rows = problem.seqlen_q <= FEW_ROWS
+    configs = _candidates(_required(problem, load_bytes, store_bytes), few_rows, split=False)
+    fitting = [config for config in configs if shared_bytes(config) <= arch.shared_per_block]
+    return sorted(fitting, key=lambda config: clocks_per_query(config, arch, few_rows))
 
 
 def plan_combine(state_dtype: str, out_dtype: str, head_dim_v: int, rows: int) -> Launch:
