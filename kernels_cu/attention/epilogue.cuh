@@ -8,18 +8,18 @@
 
 namespace cuflash {
 
-// Largest power of two that divides a row of head_dim_v 16-bit elements, at most the row alignment.
+// Largest power of two that divides a row, at most the row alignment; both in bytes.
 constexpr int store_unit(int row_bytes, int alignment) {
     const int power = row_bytes & -row_bytes;
     return power < alignment ? power : alignment;
 }
 
-// The warp's rows of O in 16 bits: registers -> its own rows of a shared tile -> whole chunks of rows in global memory.
-// `warp_row` is the warp's first row of the query tile, `o` points at the tile's first row and the head's first column.
-template <ForwardConfig C, int kM, int kN>
-__device__ __forceinline__ void store_output(const float (&O)[kM][kN][4], u16* o, i64 row_stride, const Work& work,
-                                             u32 staging, int warp_row, int lane) {
-    using Tile = SharedTile<C.block_m, C.block_dv>;
+// The warp's rows of a register tile in 16 bits: registers -> its own rows of a shared tile -> whole chunks of rows in
+// global memory. The tile's first row lies at `target`, its columns are first_column, ... of kColumns; `rows` of it exist.
+// `warp_row` is the warp's first row of the tile.
+template <Element E, class Tile, int kColumns, int kAlignment, int kM, int kN>
+__device__ __forceinline__ void store_rows(const float (&x)[kM][kN][4], u16* array, i64 row_stride, int rows,
+                                           int first_column, u32 staging, int warp_row, int lane) {
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
@@ -28,20 +28,18 @@ __device__ __forceinline__ void store_output(const float (&O)[kM][kN][4], u16* o
             for (int h = 0; h < 2; ++h) {
                 const int row = warp_row + 16 * m + 8 * h + lane / 4;
                 ptx::store_shared(staging + Tile::offset(row, n) + 4 * (lane % 4),
-                                  pack<C.dtype>(O[m][n][2 * h], O[m][n][2 * h + 1]));
+                                  pack<E>(x[m][n][2 * h], x[m][n][2 * h + 1]));
             }
     __syncwarp();  // the rows are staged: lanes read what others wrote
 
-    constexpr int kUnit = store_unit(2 * C.head_dim_v, C.store_bytes);
-    const int rows = work.row_end(C.block_m) - work.row_begin;
-    const int first_column = work.chunk * C.block_dv;
+    constexpr int kUnit = store_unit(2 * kColumns, kAlignment);
     for (int i = lane; i < 16 * kM * Tile::kChunks; i += 32) {
         const int row = warp_row + i / Tile::kChunks, chunk = i % Tile::kChunks;
         if (row >= rows) break;
         u32 value[4];
         ptx::load_shared_v4(value, staging + Tile::offset(row, chunk));
-        u16* target = o + row * row_stride + first_column + 8 * chunk;
-        const int columns = C.head_dim_v - first_column - 8 * chunk;  // that remain in the row
+        u16* target = array + row * row_stride + first_column + 8 * chunk;
+        const int columns = kColumns - first_column - 8 * chunk;  // that remain in the row
         if constexpr (kUnit == 16) {
             if (columns > 0) ptx::store_global_v4(target, value);
         } else {

@@ -10,25 +10,38 @@ namespace cuflash {
 struct Window {
     i64 shift;
     int left, right;
-    int len_k;
+    int len_q, len_k;
 
-    __device__ __forceinline__ Window(const ForwardParams& params, const Work& work)
-        : shift(static_cast<i64>(work.len_k) - work.len_q), left(params.left), right(params.right), len_k(work.len_k) {}
+    template <class Params>
+    __device__ __forceinline__ Window(const Params& params, const Sequence& sequence)
+        : shift(static_cast<i64>(sequence.len_k) - sequence.len_q),
+          left(params.left),
+          right(params.right),
+          len_q(sequence.len_q),
+          len_k(sequence.len_k) {}
 
-    // First key visible to `row`, and the one past the last.
-    __device__ __forceinline__ int begin(i64 row) const { return clamp(row + shift - left); }
-    __device__ __forceinline__ int end(i64 row) const { return clamp(row + shift + right + 1); }
+    // First key visible to query `row`, and the one past the last.
+    __device__ __forceinline__ int begin(i64 row) const { return clamp(row + shift - left, len_k); }
+    __device__ __forceinline__ int end(i64 row) const { return clamp(row + shift + right + 1, len_k); }
 
-    __device__ __forceinline__ int clamp(i64 key) const {
-        return static_cast<int>(min(max(key, 0ll), static_cast<i64>(len_k)));
+    // First query that sees key `key`, and the one past the last.
+    __device__ __forceinline__ int begin_query(i64 key) const { return clamp(key - shift - right, len_q); }
+    __device__ __forceinline__ int end_query(i64 key) const { return clamp(key - shift + left + 1, len_q); }
+
+    static __device__ __forceinline__ int clamp(i64 index, int length) {
+        return static_cast<int>(min(max(index, 0ll), static_cast<i64>(length)));
     }
+};
+
+struct Span {
+    int begin, end;
 };
 
 // The tiles that hold a key visible to one of the tile's rows. Positions 0, 1, ... number them in the order of visits:
 // first the cut tiles, of which some scores are masked (those at the right edge or the end of the keys, from the last
 // backwards, then those at the left edge), then the full ones. A split takes an even share of the positions.
 struct KeyTiles {
-    int key_begin, key_end;   // keys visible to at least one row; others are never read
+    Span keys;                // visible to at least one row; others are never read
     int first, last;          // tiles [first, last) hold them
     int right_cut, left_cut;  // how many of these are cut by either edge
     int begin, end;           // positions [begin, end) are this block's
@@ -38,12 +51,12 @@ struct KeyTiles {
         const Window window(params, work);
         const int row_last = work.row_end(C.block_m) - 1;
         KeyTiles tiles;
-        tiles.key_begin = C.windowed ? window.begin(work.row_begin) : 0;
-        tiles.key_end = C.windowed ? window.end(row_last) : work.len_k;
+        tiles.keys.begin = C.windowed ? window.begin(work.row_begin) : 0;
+        tiles.keys.end = C.windowed ? window.end(row_last) : work.len_k;
         const int full_begin = C.windowed ? window.begin(row_last) : 0;
         const int full_end = C.windowed ? window.end(work.row_begin) : work.len_k;
-        tiles.first = tiles.key_begin / C.block_n;
-        tiles.last = tiles.key_begin < tiles.key_end ? 1 + (tiles.key_end - 1) / C.block_n : tiles.first;
+        tiles.first = tiles.keys.begin / C.block_n;
+        tiles.last = tiles.keys.begin < tiles.keys.end ? 1 + (tiles.keys.end - 1) / C.block_n : tiles.first;
         const int full_last = max(full_end / C.block_n, tiles.first);
         const int full_first = full_begin == 0 ? 0 : 1 + (full_begin - 1) / C.block_n;
         tiles.right_cut = tiles.last - full_last;

@@ -20,26 +20,31 @@ __device__ __forceinline__ float tanh_accurate(float x) {
     return u < 0.36f ? near_zero : copysignf(far, x);
 }
 
-// Turns a register tile S[kM][kN][4] of raw products of queries row + 16m + 8h (h = 0, 1) with keys
-// first_key + 8n + column + e (e = 0, 1) into scores. Raw products stay as they are where only a scale is asked for: the
-// softmax folds it into its exponent, as `multiplier`.
-template <ForwardConfig C>
+// Takes the derivatives of the soft cap where no one wants them.
+struct NoSlope {
+    __device__ __forceinline__ void set(int, int, int, float) {}
+};
+
+// Turns a register tile S[kM][kN][4] of raw products into base-2 scores. Its rows are row + 16m + 8h (h = 0, 1), its
+// columns first + column + 8n + e (e = 0, 1): queries by keys or, transposed, keys by queries. Raw products stay as they
+// are where only a scale is asked for: it is folded into an exponent, as `multiplier`.
+template <auto C, class Params, bool kTransposed = false>
 struct ScoreRule {
     static constexpr bool kBiased = C.bias_dtype != Element::none;
     static constexpr bool kRaw = !C.softcapped && !kBiased;
 
-    const ForwardParams& params;
-    const Work& work;
-    const KeyTiles& tiles;
+    const Params& params;
+    const Sequence& sequence;
+    const Span& columns;  // of the array of scores that exist in a cut tile
     const char* head_bias = nullptr;  // bias of this batch entry and head
-    int row;     // this lane's first query, of its sequence
-    int column;  // this lane's first key, of its tile
+    int row;     // this lane's first row
+    int column;  // this lane's first column of a tile
 
-    __device__ __forceinline__ ScoreRule(const ForwardParams& params, const Work& work, const KeyTiles& tiles, int row,
-                                         int column)
-        : params(params), work(work), tiles(tiles), row(row), column(column) {
+    __device__ __forceinline__ ScoreRule(const Params& params, const Sequence& sequence, int head, const Span& columns,
+                                         int row, int column)
+        : params(params), sequence(sequence), columns(columns), row(row), column(column) {
         if constexpr (kBiased) {
-            const i64 offset = work.sequence * params.bias_strides[0] + work.head * params.bias_strides[1];
+            const i64 offset = sequence.sequence * params.bias_strides[0] + head * params.bias_strides[1];
             head_bias = static_cast<const char*>(params.bias) + offset * bytes_of(C.bias_dtype);
         }
     }
@@ -47,61 +52,80 @@ struct ScoreRule {
     // Base-2 score of what `apply` leaves in S: multiplier * S.
     __device__ __forceinline__ float multiplier() const { return kRaw ? params.scale * kLog2E : 1.0f; }
 
-    // Scores of one tile; `cut`: some of its keys are hidden from some rows.
-    template <int kM, int kN>
-    __device__ __forceinline__ void apply(float (&S)[kM][kN][4], int first_key, bool cut) const {
+    // Scores of one tile; `cut`: some of its keys are hidden from some queries. `slope` is given the derivatives of the
+    // soft cap.
+    template <int kM, int kN, class Slope>
+    __device__ __forceinline__ void apply(float (&S)[kM][kN][4], Slope& slope, int first, bool cut) const {
         if constexpr (kBiased) {
-            if (cut) transform_rows<true>(S, first_key + column);
-            else transform_rows<false>(S, first_key + column);
+            if (cut) transform_rows<true>(S, slope, first + column);
+            else transform_rows<false>(S, slope, first + column);
         } else if constexpr (C.softcapped) {
-            transform_rows<false>(S, first_key + column);
+            transform_rows<false>(S, slope, first + column);
         }
         if (!cut) return;
 #pragma unroll
         for (int m = 0; m < kM; ++m)
 #pragma unroll
-            for (int h = 0; h < 2; ++h) mask(S[m], h, row + 16 * m + 8 * h, first_key + column);
+            for (int h = 0; h < 2; ++h) mask(S[m], h, row + 16 * m + 8 * h, first + column);
     }
 
-    template <bool kCut, int kM, int kN>
-    __device__ __forceinline__ void transform_rows(float (&S)[kM][kN][4], int key) const {
+    template <int kM, int kN>
+    __device__ __forceinline__ void apply(float (&S)[kM][kN][4], int first, bool cut) const {
+        NoSlope none;
+        apply(S, none, first, cut);
+    }
+
+    template <bool kCut, int kM, int kN, class Slope>
+    __device__ __forceinline__ void transform_rows(float (&S)[kM][kN][4], Slope& slope, int first) const {
 #pragma unroll
         for (int m = 0; m < kM; ++m)
 #pragma unroll
-            for (int h = 0; h < 2; ++h) transform<kCut>(S[m], h, row + 16 * m + 8 * h, key);
+            for (int h = 0; h < 2; ++h) transform<kCut>(S[m], slope, m, h, row + 16 * m + 8 * h, first);
     }
 
-    // S = softcap(scale S) + bias, times log2 e. Of a bias the elements of the tile's rows and visible keys are read,
-    // masked or not.
-    template <bool kCut, int kN>
-    __device__ __forceinline__ void transform(float (&S)[kN][4], int h, int row, int key) const {
+    // S = softcap(scale S) + bias, times log2 e. Of a bias the elements of the tile's existing scores are read, masked or
+    // not.
+    template <bool kCut, int kN, class Slope>
+    __device__ __forceinline__ void transform(float (&S)[kN][4], Slope& slope, int m, int h, int row, int first) const {
         const float inner = C.softcapped ? params.scale / params.softcap : params.scale * kLog2E;
-        const char* bias =
-            head_bias + (row * params.bias_strides[2] + key * params.bias_strides[3]) * bytes_of(C.bias_dtype);
-        const i64 step = 8 * params.bias_strides[3] * bytes_of(C.bias_dtype);  // bytes from one n to the next
-        const int begin = tiles.key_begin - key, end = tiles.key_end - key;
+        const i64 row_stride = params.bias_strides[kTransposed ? 3 : 2];
+        const i64 column_stride = params.bias_strides[kTransposed ? 2 : 3];
+        const char* bias = head_bias + (row * row_stride + first * column_stride) * bytes_of(C.bias_dtype);
+        const i64 step = 8 * column_stride * bytes_of(C.bias_dtype);  // bytes from one n to the next
+        const int begin = columns.begin - first, end = columns.end - first;
 #pragma unroll
         for (int n = 0; n < kN; ++n, bias += step)
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 float score = S[n][2 * h + e] * inner;
-                if constexpr (C.softcapped) score = params.softcap * kLog2E * tanh_accurate(score);
+                if constexpr (C.softcapped) {
+                    const float t = tanh_accurate(score);
+                    slope.set(m, n, 2 * h + e, fmaf(-t, t, 1.0f));
+                    score = params.softcap * kLog2E * t;
+                }
                 if constexpr (kBiased) {
-                    if (row < work.len_q && (!kCut || (begin <= 8 * n + e && 8 * n + e < end))) {
-                        const i64 offset = e * params.bias_strides[3];
-                        score = fmaf(load_element<C.bias_dtype>(bias, offset), kLog2E, score);
+                    const bool exists = row < (kTransposed ? sequence.len_k : sequence.len_q);
+                    if (exists && (!kCut || (begin <= 8 * n + e && 8 * n + e < end))) {
+                        score = fmaf(load_element<C.bias_dtype>(bias, e * column_stride), kLog2E, score);
                     }
                 }
                 S[n][2 * h + e] = score;
             }
     }
 
-    // S = -inf where the key is not visible to the row: a select, so that whatever stood there is gone.
+    // S = -inf where the key is not visible to the query: a select, so that whatever stood there is gone.
     template <int kN>
-    __device__ __forceinline__ void mask(float (&S)[kN][4], int h, int row, int key) const {
-        const Window window(params, work);
-        const int begin = C.windowed ? window.begin(row) - key : 0;
-        const int end = (C.windowed ? window.end(row) : work.len_k) - key;
+    __device__ __forceinline__ void mask(float (&S)[kN][4], int h, int row, int first) const {
+        const Window window(params, sequence);
+        int begin = 0, end;
+        if constexpr (kTransposed) {
+            if constexpr (C.windowed) begin = window.begin_query(row);
+            end = row >= sequence.len_k ? 0 : C.windowed ? window.end_query(row) : sequence.len_q;
+        } else {
+            if constexpr (C.windowed) begin = window.begin(row);
+            end = C.windowed ? window.end(row) : sequence.len_k;
+        }
+        begin -= first, end -= first;
 #pragma unroll
         for (int n = 0; n < kN; ++n)
 #pragma unroll

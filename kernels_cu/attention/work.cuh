@@ -7,13 +7,18 @@
 
 namespace cuflash {
 
-struct Work {
+// One sequence of the problem: where it lies and how long it is.
+struct Sequence {
     int batch_entry;  // index into the batch axis of q, k, v, o, lse; 0 in a packed problem
     int sequence;     // index into the batch axis of bias
     int q_start;      // first token of the sequence; 0 in a dense problem
     int k_start;
-    int len_q;  // of this sequence
+    int len_q;
     int len_k;
+};
+
+// A query tile of it, for a block of the forward pass.
+struct Work : Sequence {
     int head;
     int row_begin;  // first query of the tile; a tile at or past len_q has nothing to do
     int chunk;      // of block_dv output columns
@@ -29,19 +34,46 @@ __device__ __forceinline__ int token_at(const int* cu_seqlens, int index, int to
     return min(max(cu_seqlens[index], 0), total);
 }
 
-// Sequence b of a packed problem owns the query tiles from slot floor(start_b / block_m) + b on. The next sequence's
-// first slot is at least ceil(len_b / block_m) later, so a search in cu_seqlens_q finds the owner of a slot. Sequence
-// `batch` stands for the tokens past the last one: they see no key.
-template <ForwardConfig C>
-__device__ __forceinline__ int sequence_of_slot(const ForwardParams& params, int slot) {
-    int low = 0, high = params.batch + 1;
+// Sequence b of a packed problem owns the tiles from slot floor(start_b / block) + b on. The next sequence's first slot is
+// at least ceil(len_b / block) later, so a search in cu_seqlens finds the owner of a slot. Sequence `batch` stands for the
+// tokens past the last one: queries there see no key, keys there are seen by no query.
+__device__ __forceinline__ int sequence_of_slot(const int* cu_seqlens, int batch, int total, int block, int slot) {
+    int low = 0, high = batch + 1;
     while (high - low > 1) {
         const int middle = low + (high - low) / 2;
-        const int first = token_at(params.cu_seqlens_q, middle, params.total_q) / C.block_m + middle;
-        if (first <= slot) low = middle;
+        if (token_at(cu_seqlens, middle, total) / block + middle <= slot) low = middle;
         else high = middle;
     }
     return low;
+}
+
+// Tile `slot` of a sequence that begins at token `start`: its first row, len or more where it has none.
+__device__ __forceinline__ int first_row_of_slot(int slot, int start, int sequence, int block, int len) {
+    const int tile = slot - (start / block + sequence);
+    return tile < 0 ? len : static_cast<int>(min(tile * i64{block}, i64{len}));
+}
+
+// Sequence b of a packed problem; lengths are clamped to what the problem says.
+template <class Params>
+__device__ __forceinline__ void locate_packed(Sequence& to, const Params& params, int b) {
+    const bool real = b < params.batch;  // else: the tokens past the last sequence
+    to.batch_entry = 0;
+    to.sequence = b;
+    to.q_start = token_at(params.cu_seqlens_q, b, params.total_q);
+    to.k_start = token_at(params.cu_seqlens_k, b, params.total_k);
+    const int q_stop = real ? token_at(params.cu_seqlens_q, b + 1, params.total_q) : params.total_q;
+    const int k_stop = real ? token_at(params.cu_seqlens_k, b + 1, params.total_k) : to.k_start;
+    to.len_q = max(q_stop - to.q_start, 0);
+    to.len_k = min(max(k_stop - to.k_start, 0), params.seqlen_k);
+    if (real) to.len_q = min(to.len_q, params.seqlen_q);
+}
+
+template <class Params>
+__device__ __forceinline__ void locate_dense(Sequence& to, const Params& params, int b) {
+    to.batch_entry = to.sequence = b;
+    to.q_start = to.k_start = 0;
+    to.len_q = params.seqlen_q;
+    to.len_k = params.seqlen_k;
 }
 
 // First element of a row of q, k, v or o; strides of batch entry, token, head.
@@ -50,41 +82,34 @@ __device__ __forceinline__ T* row_at(T* array, const i64 (&strides)[3], i64 batc
     return array + batch_entry * strides[0] + token * strides[1] + head * strides[2];
 }
 
+// The digits of a block's index, fastest first.
+struct Digits {
+    u32 rest;
+
+    __device__ __forceinline__ int next(u32 count) {
+        const u32 digit = rest % count;
+        rest /= count;
+        return static_cast<int>(digit);
+    }
+};
+
 // Grid, fastest first: query tile, split, chunk, head, batch entry. Tiles of one head are neighbours, so that they share
 // keys and values in L2. Under a window, later queries usually see more keys and start first.
 template <ForwardConfig C>
 __device__ __forceinline__ Work decode_work(const ForwardParams& params) {
     constexpr int kChunks = ceil_div(C.head_dim_v, C.block_dv);
     Work work;
-    u32 rest = blockIdx.x;
-    const auto next = [&rest](u32 count) {
-        const u32 digit = rest % count;
-        rest /= count;
-        return static_cast<int>(digit);
-    };
-    const int slot = C.windowed ? params.q_tiles - 1 - next(params.q_tiles) : next(params.q_tiles);
-    work.split = C.split ? next(params.num_splits) : 0;
-    work.chunk = next(kChunks);
-    work.head = next(params.num_heads);
+    Digits digits{blockIdx.x};
+    const int slot = C.windowed ? params.q_tiles - 1 - digits.next(params.q_tiles) : digits.next(params.q_tiles);
+    work.split = C.split ? digits.next(params.num_splits) : 0;
+    work.chunk = digits.next(kChunks);
+    work.head = digits.next(params.num_heads);
     if constexpr (C.varlen) {
-        const int b = sequence_of_slot<C>(params, slot);
-        const bool real = b < params.batch;  // else: the tokens past the last sequence
-        work.batch_entry = 0;
-        work.sequence = b;
-        work.q_start = token_at(params.cu_seqlens_q, b, params.total_q);
-        work.k_start = real ? token_at(params.cu_seqlens_k, b, params.total_k) : 0;
-        const int q_stop = real ? token_at(params.cu_seqlens_q, b + 1, params.total_q) : params.total_q;
-        const int k_stop = real ? token_at(params.cu_seqlens_k, b + 1, params.total_k) : 0;
-        work.len_q = max(q_stop - work.q_start, 0);
-        work.len_k = min(max(k_stop - work.k_start, 0), params.seqlen_k);
-        if (real) work.len_q = min(work.len_q, params.seqlen_q);
-        const int tile = slot - (work.q_start / C.block_m + b);
-        work.row_begin = tile < 0 ? work.len_q : static_cast<int>(min(tile * i64{C.block_m}, i64{work.len_q}));
+        const int b = sequence_of_slot(params.cu_seqlens_q, params.batch, params.total_q, C.block_m, slot);
+        locate_packed(work, params, b);
+        work.row_begin = first_row_of_slot(slot, work.q_start, b, C.block_m, work.len_q);
     } else {
-        work.batch_entry = work.sequence = static_cast<int>(rest);
-        work.q_start = work.k_start = 0;
-        work.len_q = params.seqlen_q;
-        work.len_k = params.seqlen_k;
+        locate_dense(work, params, static_cast<int>(digits.rest));
         work.row_begin = slot * C.block_m;
     }
     return work;

@@ -66,7 +66,11 @@ __device__ __forceinline__ void store_results(const float (&O)[kM][kN][4], const
     } else {
         __syncthreads();  // everyone is done with Q, K and V, whose place O takes
         u16* o = row_at(static_cast<u16*>(params.o), params.o_strides, work.batch_entry, token, work.head);
-        store_output<C>(O, o, params.o_strides[1], work, ptx::shared_address(shared.o), here.row, here.lane);
+        using Tile = SharedTile<C.block_m, C.block_dv>;
+        store_rows<C.dtype, Tile, C.head_dim_v, C.store_bytes>(O, o, params.o_strides[1],
+                                                               work.row_end(C.block_m) - work.row_begin,
+                                                               work.chunk * C.block_dv, ptx::shared_address(shared.o),
+                                                               here.row, here.lane);
     }
     if (params.lse != nullptr && work.chunk == 0) {
         float* target = params.lse + work.split * params.lse_split_stride + work.batch_entry * params.lse_strides[0] +
@@ -98,12 +102,12 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
     // Start the copy of K(j) or V(j), j the tile at `position`; of a cut tile, only of the visible keys.
     const auto load_k = [&](int position) {
         KLoader::load(position < tiles.cut_end(), ptx::shared_address(shared.k[position % kStages]), shared.keys,
-                      params.k_strides[1], C.head_dim, tiles.tile(position) * C.block_n, tiles.key_begin, tiles.key_end);
+                      params.k_strides[1], C.head_dim, tiles.tile(position) * C.block_n, tiles.keys.begin, tiles.keys.end);
     };
     const auto load_v = [&](int position) {
         VLoader::load(position < tiles.cut_end(), ptx::shared_address(shared.v[position % kStages]), shared.values,
                       params.v_strides[1], C.head_dim_v - work.chunk * C.block_dv, tiles.tile(position) * C.block_n,
-                      tiles.key_begin, tiles.key_end);
+                      tiles.keys.begin, tiles.keys.end);
     };
     // The same for the next tile, if there is one, with two stages K and V.
     const auto load_next = [&](int position) {
@@ -161,7 +165,8 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
         }
 
         const Place<kM> here;
-        const ScoreRule<C> rule(params, work, tiles, work.row_begin + here.row + here.lane / 4, 2 * (here.lane % 4));
+        const ScoreRule<C, ForwardParams> rule(params, work, work.head, tiles.keys,
+                                               work.row_begin + here.row + here.lane / 4, 2 * (here.lane % 4));
         rule.apply(S, tiles.tile(position) * C.block_n, position < tiles.cut_end());  // S = mask(softcap(S) + bias)
         softmax.update(S, O, rule.multiplier());  // S becomes P = 2^(S - m), O and l follow a grown m
         multiply_pv(S, position, here.lane);      // O += P V(j)

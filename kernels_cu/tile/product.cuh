@@ -48,10 +48,10 @@ __device__ __forceinline__ void multiply_transposed(float (&sums)[kM][kN][4], co
     }
 }
 
-// One step in the shared dimension: sums [16 kM][kCols of B] += a [16 kM][16] B[16k : 16k + 16, :].
+// One step in the shared dimension: sums [16 kM][8 kN] += a [16 kM][16] B[16k : 16k + 16, first 8 kN columns].
 template <Element E, class TileB, int kM, int kN>
 __device__ __forceinline__ void multiply(float (&sums)[kM][kN][4], const u32 (&a)[kM][4], u32 b, int k) {
-    static_assert(8 * kN == TileB::kCols);
+    static_assert(8 * kN <= TileB::kCols);
 #pragma unroll
     for (int n = 0; n < kN / 2; ++n) {
         u32 block[4];  // B[16k : 16k + 16][16n : 16n + 16], each 8x8 transposed
