@@ -76,7 +76,85 @@ class ForwardConfig:
     def unit(self) -> str:
         """The CUDA source to compile: an include, the constant, an entry."""
         # One block a multiprocessor suffices: else ptxas spills where that lets one more reside.
-        return _unit(self, "forward", f"__launch_bounds__({self.threads}, 1)")
+        return _unit(self, "forward", f"__launch_bounds__({self.threads}, 1)", "Forward")
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """Compile-time constants of the backward pass's kernels; field order is that of the CUDA struct of the same name.
+
+    A block owns block_n keys and visits tiles of block_m queries. It computes block_d columns of dq and dk and block_dv
+    of dv: all of them, or a multiple of 64 where registers do not suffice for all.
+    """
+
+    dtype: str  # q, k, v, out, their cotangents and gradients: float16 or bfloat16
+    bias_dtype: str  # "none" without a bias
+    head_dim: int
+    head_dim_v: int
+    block_m: int
+    block_n: int
+    block_d: int
+    block_dv: int
+    num_warps: int
+    num_stages: int  # query tiles in flight
+    load_bytes: int  # widest access every row of q, k, v, out and its cotangent is aligned to: 16, 8, 4 or 2
+    store_bytes: int  # the same for dq, dk and dv
+    windowed: bool
+    softcapped: bool
+    varlen: bool
+    deterministic: bool  # key tiles add to dq in their order
+
+    family = "backward"
+
+    def __post_init__(self) -> None:
+        def require(condition: bool, field: str, must: str) -> None:
+            if not condition:
+                raise ConfigError(f"BackwardConfig.{field} = {getattr(self, field)!r}: must be {must}")
+
+        require(self.dtype in ELEMENT_NAMES[1:3], "dtype", "float16 or bfloat16")
+        require(self.bias_dtype in ELEMENT_NAMES, "bias_dtype", f"one of {ELEMENT_NAMES}")
+        require(1 <= self.head_dim <= 512, "head_dim", "1 to 512")
+        require(1 <= self.head_dim_v <= 512, "head_dim_v", "1 to 512")
+        require(self.num_warps in (1, 2, 4, 8), "num_warps", "1, 2, 4 or 8")
+        require(
+            self.block_n > 0 and self.block_n % (16 * self.num_warps) == 0,
+            "block_n",
+            f"a multiple of 16 * num_warps = {16 * self.num_warps}",
+        )
+        require(self.block_m in (16, 32, 64, 128), "block_m", "16, 32, 64 or 128")
+        for field, head_dim in (("block_d", self.head_dim), ("block_dv", self.head_dim_v)):
+            block = getattr(self, field)
+            require(
+                block == round_up(head_dim, 16) or (0 < block < head_dim and block % 64 == 0),
+                field,
+                f"{round_up(head_dim, 16)}, the head dimension in steps of 16, or a smaller multiple of 64",
+            )
+        require(self.num_stages in (1, 2), "num_stages", "1 or 2")
+        require(self.load_bytes in (2, 4, 8, 16), "load_bytes", "2, 4, 8 or 16")
+        require(self.store_bytes in (2, 4, 8, 16), "store_bytes", "2, 4, 8 or 16")
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.num_warps
+
+    @property
+    def entry(self) -> str:
+        return f"cuflash_{self.family}_d{self.head_dim}_{self.head_dim_v}_{self.block_m}x{self.block_n}"
+
+    def unit(self) -> str:
+        return _unit(self, self.family, f"__launch_bounds__({self.threads}, 1)", "Backward")
+
+
+class PrepareConfig(BackwardConfig):
+    """The same for the kernel before: delta and lse of each query, sums of dq set to zero."""
+
+    family = "prepare"
+
+
+class FinishConfig(BackwardConfig):
+    """The same for the kernel after: dq from its sums."""
+
+    family = "finish"
 
 
 @dataclass(frozen=True)
@@ -107,21 +185,20 @@ class CombineConfig:
         return f"cuflash_combine_d{self.head_dim_v}"
 
     def unit(self) -> str:
-        return _unit(self, "combine", f"__launch_bounds__({self.threads})")
+        return _unit(self, "combine", f"__launch_bounds__({self.threads})", "Combine")
 
 
-KernelConfig = ForwardConfig | CombineConfig
+KernelConfig = ForwardConfig | BackwardConfig | CombineConfig
 
 
-def _unit(config: KernelConfig, family: str, bounds: str) -> str:
-    """`constexpr XConfig kConfig{.a = 1, ...}` and an extern "C" entry that calls the kernel's body."""
-    name = type(config).__name__
+def _unit(config: KernelConfig, family: str, bounds: str, record: str) -> str:
+    """`constexpr {record}Config kConfig{.a = 1, ...}` and an extern "C" entry that calls the kernel's body."""
     body = "\n".join(f"    .{f.name} = {_literal(getattr(config, f.name))}," for f in fields(config))
     return (
         f'#include "kernels/{family}.cu"\n'
-        f"constexpr cuflash::{name} kConfig{{\n{body}\n}};\n"
+        f"constexpr cuflash::{record}Config kConfig{{\n{body}\n}};\n"
         f'extern "C" __global__ void {bounds}\n'
-        f"{config.entry}(const __grid_constant__ cuflash::{family.capitalize()}Params params) {{\n"
+        f"{config.entry}(const __grid_constant__ cuflash::{record}Params params) {{\n"
         f"    cuflash::{family}<kConfig>(params);\n}}\n"
     )
 

@@ -24,6 +24,26 @@ struct ForwardConfig {
     bool split;  // writes float32 partial states for the combine kernel
 };
 
+// The three kernels of the backward pass: prepare, backward, finish.
+struct BackwardConfig {
+    Element dtype;       // q, k, v, o, their cotangents and gradients
+    Element bias_dtype;  // none: no bias
+    int head_dim;
+    int head_dim_v;
+    int block_m;   // queries of a tile
+    int block_n;   // keys of a block
+    int block_d;   // columns of dq and dk of a block, and
+    int block_dv;  // of dv: all of them or a multiple of 64
+    int num_warps;
+    int num_stages;   // 2: the next query tile arrives under the products of this one
+    int load_bytes;   // widest access that every row of q, k, v, o and do is aligned to
+    int store_bytes;  // the same for dq, dk and dv
+    bool windowed;
+    bool softcapped;
+    bool varlen;
+    bool deterministic;  // key tiles add to dq in their order
+};
+
 struct CombineConfig {
     Element state_dtype;
     Element out_dtype;

@@ -40,6 +40,51 @@ struct ForwardParams {
     int q_tiles;  // query tiles of one head of one batch entry; packed: of one head in all
 };
 
+// Of the backward pass; R = q_tiles * block_m rows per head, in which each sequence begins a tile of its own.
+struct BackwardParams {
+    const u16* q;             // as in ForwardParams
+    const u16* k;
+    const u16* v;
+    const u16* o;             // what the forward pass gave
+    const u16* d_o;           // its cotangent, laid out by its own strides
+    const float* lse;         // what the forward pass gave, natural log
+    const float* d_lse;       // its cotangent; may be null
+    const void* bias;         // (batch, num_heads, seqlen_q, seqlen_k), natural-log units
+    u16* dq;
+    u16* dk;
+    u16* dv;
+    float* row_lse;           // workspace (batch, num_heads, R): lse in base 2; +inf for rows that see nothing
+    float* row_delta;         // workspace (batch, num_heads, R): rowsum(do o) - d_lse
+    float* dq_sum;            // workspace (batch, num_heads, q_tiles, chunks, block_m * block_d): dq / scale
+    u32* turns;               // workspace (batch, num_heads, q_tiles, chunks): key tiles that have added to dq_sum
+    const int* cu_seqlens_q;  // (batch + 1), packed only
+    const int* cu_seqlens_k;
+    i64 q_strides[3];  // batch, token, head
+    i64 k_strides[3];
+    i64 v_strides[3];
+    i64 o_strides[3];
+    i64 d_o_strides[3];
+    i64 dq_strides[3];
+    i64 dk_strides[3];
+    i64 dv_strides[3];
+    i64 lse_strides[3];    // batch, head, token
+    i64 d_lse_strides[3];
+    i64 bias_strides[4];   // batch, head, query, key; 0 where broadcast
+    float scale;
+    float softcap;
+    int batch;
+    int num_heads;
+    int group;     // query heads per key/value head
+    int seqlen_q;  // packed: upper bound of a sequence's length
+    int seqlen_k;
+    int total_q;  // packed: number of tokens
+    int total_k;
+    int left;  // window; 2^31 - 1 where unbounded
+    int right;
+    int q_tiles;  // query tiles of one head of one batch entry; packed: of one head in all
+    int k_tiles;  // the same of keys
+};
+
 struct CombineParams {
     const void* states[kMaxSplits];   // partial outputs, each laid out by state_strides
     const float* lses[kMaxSplits];    // natural log, each laid out by state_lse_strides

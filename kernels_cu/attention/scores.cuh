@@ -20,9 +20,10 @@ __device__ __forceinline__ float tanh_accurate(float x) {
     return u < 0.36f ? near_zero : copysignf(far, x);
 }
 
-// Takes the derivatives of the soft cap where no one wants them.
+// Takes the derivatives of the soft cap where no one wants them, or where there is none.
 struct NoSlope {
     __device__ __forceinline__ void set(int, int, int, float) {}
+    __device__ __forceinline__ float at(int, int, int) const { return 1.0f; }
 };
 
 // Turns a register tile S[kM][kN][4] of raw products into base-2 scores. Its rows are row + 16m + 8h (h = 0, 1), its

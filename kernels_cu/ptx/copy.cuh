@@ -69,6 +69,31 @@ __device__ __forceinline__ float load_global_f32(const void* global) {
     return value;
 }
 
+// memory[0] += x, past all caches but L2; of the other threads' additions before or after it nothing is said.
+__device__ __forceinline__ void red_add(float* memory, float x) {
+    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(memory), "f"(x) : "memory");
+}
+
+#if __CUDA_ARCH__ >= 900
+// memory[0 .. 3] += x, each by itself; the address aligned to 16.
+__device__ __forceinline__ void red_add_v4(float* memory, const float (&x)[4]) {
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(memory), "f"(x[0]), "f"(x[1]),
+                 "f"(x[2]), "f"(x[3])
+                 : "memory");
+}
+#endif
+
+// What this thread wrote, and what it knows that others wrote, is seen by whoever acquires this value.
+__device__ __forceinline__ void store_release(u32* memory, u32 value) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(memory), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ u32 load_acquire(const u32* memory) {
+    u32 value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(memory) : "memory");
+    return value;
+}
+
 __device__ __forceinline__ void store_global_v2(void* global, u32 x, u32 y) {
     asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(global), "r"(x), "r"(y) : "memory");
 }

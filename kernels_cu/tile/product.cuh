@@ -64,6 +64,24 @@ __device__ __forceinline__ void multiply(float (&sums)[kM][kN][4], const u32 (&a
     }
 }
 
+// As `multiply`, for some 16-column blocks of B: blocks[n] is this lane's address, by columns, of block (0, j_n), and
+// `row_offset` the bytes from there to the 16 rows of this step.
+template <Element E, int kM, int kN, int kBlocks>
+__device__ __forceinline__ void multiply_blocks(float (&sums)[kM][kN][4], const u32 (&a)[kM][4],
+                                                const u32 (&blocks)[kBlocks], u32 row_offset) {
+    static_assert(kN == 2 * kBlocks);
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+        u32 block[4];
+        ptx::ldmatrix_x4_trans(block, blocks[n] + row_offset);
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+            mma<E>(sums[m][2 * n], a[m], block[0], block[1]);
+            mma<E>(sums[m][2 * n + 1], a[m], block[2], block[3]);
+        }
+    }
+}
+
 // Columns 16k .. 16k + 15 of sums, rounded to E, as a left operand: the layouts agree lane by lane.
 template <Element E, int kM, int kN>
 __device__ __forceinline__ void as_left(u32 (&a)[kM][4], const float (&sums)[kM][kN][4], int k) {

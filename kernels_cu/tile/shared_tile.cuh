@@ -7,6 +7,8 @@ namespace cuflash {
 
 constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 constexpr int ceil_div(int value, int divisor) { return (value + divisor - 1) / divisor; }
+constexpr int lesser(int a, int b) { return a < b ? a : b; }
+constexpr int greater(int a, int b) { return a < b ? b : a; }
 
 // Rows are unpadded and consist of chunks of 16 bytes. Eight chunks span the 32 banks. With kSpan = gcd(chunks a row, 8),
 // 8 / kSpan consecutive rows already start in different banks, so chunk c of row r lies at c ^ (r / (8 / kSpan) % kSpan):

@@ -1,0 +1,49 @@
+// Workspaces of the backward pass: what it knows of each query, and the sums of dq.
+#pragma once
+
+#include "attention/config.cuh"
+#include "attention/params.cuh"
+#include "ptx/copy.cuh"
+#include "tile/shared_tile.cuh"
+
+namespace cuflash {
+
+// How the warps of a block share dQ [block_m][block_d] = dS K: 16-row blocks first, then, where warps remain, columns.
+template <BackwardConfig C>
+struct QueryGradient {
+    static constexpr int kRowBlocks = C.block_m / 16, kColumnBlocks = ceil_div(lesser(C.block_d, C.head_dim), 16);
+    static constexpr int kM = kRowBlocks > C.num_warps ? kRowBlocks / C.num_warps : 1;  // 16-row blocks of a warp
+    static constexpr int kWarpRows = kRowBlocks / kM;                                   // warps side by side in rows
+    static constexpr int kWarpColumns = C.num_warps / kWarpRows;
+    static constexpr int kN = ceil_div(kColumnBlocks, kWarpColumns);  // 16-column blocks of a warp
+    static_assert(kWarpRows * kWarpColumns == C.num_warps);
+
+    static __device__ __forceinline__ int first_row_block(int warp) { return warp % kWarpRows * kM; }
+    static __device__ __forceinline__ int first_column_block(int warp) { return warp / kWarpRows * kN; }
+
+    // Sums of a tile lie in the order in which threads hold them, so that a warp adds to consecutive memory: float
+    // x[kM][2 * kN][4] of each thread as units of kUnit floats.
+    static constexpr int kUnit = __CUDA_ARCH__ >= 900 ? 4 : 1;
+    static constexpr int kChunks = ceil_div(C.head_dim, C.block_d);
+    static constexpr int kTileFloats = C.num_warps * kM * 2 * kN * 128;
+    static __device__ __forceinline__ int offset(int warp, int lane, int m, int n, int e) {
+        return (((warp * kM + m) * 2 * kN + n) * 4 + e / kUnit * kUnit) * 32 + lane * kUnit + e % kUnit;
+    }
+
+    // sums += x, the fragment (m, n) of a thread.
+    static __device__ __forceinline__ void add(float* sums, int warp, int lane, int m, int n, const float (&x)[4]) {
+#if __CUDA_ARCH__ >= 900
+        ptx::red_add_v4(sums + offset(warp, lane, m, n, 0), x);
+#else
+#pragma unroll
+        for (int e = 0; e < 4; ++e) ptx::red_add(sums + offset(warp, lane, m, n, e), x[e]);
+#endif
+    }
+};
+
+// Index of a query tile in workspaces that hold an entry per tile.
+__device__ __forceinline__ i64 query_tile_index(const BackwardParams& params, int batch_entry, int head, int slot) {
+    return (static_cast<i64>(batch_entry) * params.num_heads + head) * params.q_tiles + slot;
+}
+
+}  // namespace cuflash
