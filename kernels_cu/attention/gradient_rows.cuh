@@ -16,7 +16,9 @@ struct QueryGradient {
     static constexpr int kWarpRows = kRowBlocks / kM;                                   // warps side by side in rows
     static constexpr int kWarpColumns = C.num_warps / kWarpRows;
     static constexpr int kN = ceil_div(kColumnBlocks, kWarpColumns);  // 16-column blocks of a warp
+    static constexpr bool kIdleWarps = kN * (kWarpColumns - 1) >= kColumnBlocks;        // more than there are columns for
     static_assert(kWarpRows * kWarpColumns == C.num_warps);
+    static_assert(kColumnBlocks % kN == 0 || C.block_d >= C.head_dim);  // else a warp would reach into the next chunk
 
     static __device__ __forceinline__ int first_row_block(int warp) { return warp % kWarpRows * kM; }
     static __device__ __forceinline__ int first_column_block(int warp) { return warp / kWarpRows * kN; }
@@ -28,6 +30,16 @@ struct QueryGradient {
     static constexpr int kTileFloats = C.num_warps * kM * 2 * kN * 128;
     static __device__ __forceinline__ int offset(int warp, int lane, int m, int n, int e) {
         return (((warp * kM + m) * 2 * kN + n) * 4 + e / kUnit * kUnit) * 32 + lane * kUnit + e % kUnit;
+    }
+
+    // The fragment (m, n) of a thread.
+    static __device__ __forceinline__ void load(float (&x)[4], const float* sums, int warp, int lane, int m, int n) {
+        if constexpr (kUnit == 4) {
+            ptx::load_global_v4(x, sums + offset(warp, lane, m, n, 0));
+        } else {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) x[e] = sums[offset(warp, lane, m, n, e)];
+        }
     }
 
     // sums += x, the fragment (m, n) of a thread.

@@ -158,6 +158,7 @@ __device__ __forceinline__ void backward(const BackwardParams& params) {
     const auto add_dq = [&](Visit visit) {
         const int thread = ptx::thread_index(), lane = thread % 32, warp = thread / 32;
         const int column = Query::first_column_block(warp);
+        if (Query::kIdleWarps && column >= Query::kColumnBlocks) return;
         u32 columns[Query::kN];  // this lane's address of each 16x16 block of K's first 16 keys
 #pragma unroll
         for (int n = 0; n < Query::kN; ++n) {

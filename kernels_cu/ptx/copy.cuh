@@ -98,6 +98,12 @@ __device__ __forceinline__ void store_global_v2(void* global, u32 x, u32 y) {
     asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(global), "r"(x), "r"(y) : "memory");
 }
 
+__device__ __forceinline__ void load_global_v4(float (&value)[4], const float* global) {
+    asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(value[0]), "=f"(value[1]), "=f"(value[2]), "=f"(value[3])
+                 : "l"(global));
+}
+
 __device__ __forceinline__ void store_global_v4(void* global, const u32 (&value)[4]) {
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(value[0]), "r"(value[1]),
                  "r"(value[2]), "r"(value[3])

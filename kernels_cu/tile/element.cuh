@@ -19,6 +19,19 @@ __device__ __forceinline__ u32 pack(float low, float high) {
     else return ptx::cvt_bf16x2(low, high);
 }
 
+// The halves of such a pair.
+template <Element E>
+__device__ __forceinline__ float unpack_low(u32 pair) {
+    if constexpr (E == Element::float16) return ptx::cvt_f32_f16(static_cast<u16>(pair));
+    else return ptx::cvt_f32_bf16(static_cast<u16>(pair));
+}
+
+template <Element E>
+__device__ __forceinline__ float unpack_high(u32 pair) {
+    if constexpr (E == Element::float16) return ptx::cvt_f32_f16(static_cast<u16>(pair >> 16));
+    else return ptx::cvt_f32_bf16(static_cast<u16>(pair >> 16));
+}
+
 // array[offset] as float32. The load is never dropped: bytes moved depend on shapes, not on values.
 template <Element E>
 __device__ __forceinline__ float load_element(const void* array, i64 offset) {

@@ -115,4 +115,12 @@ __device__ __forceinline__ float quad_sum(float x) {
     return x + ptx::shfl_bfly<2>(x);
 }
 
+// Over all lanes of a warp.
+__device__ __forceinline__ float warp_sum(float x) {
+    x += ptx::shfl_bfly<16>(x);
+    x += ptx::shfl_bfly<8>(x);
+    x += ptx::shfl_bfly<4>(x);
+    return quad_sum(x);
+}
+
 }  // namespace cuflash

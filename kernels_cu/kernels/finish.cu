@@ -1,0 +1,40 @@
+// After the backward kernel: dq = scale * its sums, rounded to the type of q.
+#pragma once
+
+#include "attention/epilogue.cuh"
+#include "attention/gradient_rows.cuh"
+#include "attention/query_work.cuh"
+
+namespace cuflash {
+
+// Grid, fastest first: chunk of columns, query tile, head, batch entry.
+template <BackwardConfig C>
+__device__ __forceinline__ void finish(const BackwardParams& params) {
+    using Query = QueryGradient<C>;
+    using Tile = SharedTile<C.block_m, 16 * Query::kN>;
+    __shared__ __align__(128) u16 staging[Query::kWarpColumns][C.block_m * Tile::kCols];
+    const int lane = ptx::thread_index() % 32, warp = ptx::thread_index() / 32;
+    Digits digits{blockIdx.x};
+    const int chunk = digits.next(Query::kChunks);
+    const QueryWork work = decode_query_work<C>(params, digits);
+    const int column = Query::first_column_block(warp);
+    if (work.row_begin >= work.len_q || column >= Query::kColumnBlocks) return;
+
+    const i64 tile = query_tile_index(params, work.batch_entry, work.head, work.slot);
+    const float* sums = params.dq_sum + (tile * Query::kChunks + chunk) * Query::kTileFloats;
+    float dQ[Query::kM][2 * Query::kN][4];
+#pragma unroll
+    for (int m = 0; m < Query::kM; ++m)
+#pragma unroll
+        for (int n = 0; n < 2 * Query::kN; ++n) {
+            Query::load(dQ[m][n], sums, warp, lane, m, n);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) dQ[m][n][e] *= params.scale;
+        }
+    u16* dq = row_at(params.dq, params.dq_strides, work.batch_entry, work.q_start + work.row_begin, work.head);
+    store_rows<C.dtype, Tile, C.head_dim, C.store_bytes>(
+        dQ, dq, params.dq_strides[1], min(C.block_m, work.len_q - work.row_begin), chunk * C.block_d + 16 * column,
+        ptx::shared_address(staging[warp / Query::kWarpRows]), 16 * Query::first_row_block(warp), lane);
+}
+
+}  // namespace cuflash
