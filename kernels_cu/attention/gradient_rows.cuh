@@ -8,15 +8,17 @@
 
 namespace cuflash {
 
-// How the warps of a block share dQ [block_m][block_d] = dS K: 16-row blocks first, then, where warps remain, columns.
+// How the warps of a block share dQ [block_m][block_d] = dS K: two 16-row blocks a warp, so that a fragment of K serves
+// twice, and where that leaves warps over, columns.
 template <BackwardConfig C>
 struct QueryGradient {
     static constexpr int kRowBlocks = C.block_m / 16, kColumnBlocks = ceil_div(lesser(C.block_d, C.head_dim), 16);
-    static constexpr int kM = kRowBlocks > C.num_warps ? kRowBlocks / C.num_warps : 1;  // 16-row blocks of a warp
-    static constexpr int kWarpRows = kRowBlocks / kM;                                   // warps side by side in rows
+    static constexpr bool kPairs = kRowBlocks % 2 == 0 && 2 * C.num_warps <= kRowBlocks * kColumnBlocks;
+    static constexpr int kM = greater(kPairs ? 2 : 1, kRowBlocks / C.num_warps);  // 16-row blocks of a warp
+    static constexpr int kWarpRows = kRowBlocks / kM;                             // warps side by side in rows
     static constexpr int kWarpColumns = C.num_warps / kWarpRows;
-    static constexpr int kN = ceil_div(kColumnBlocks, kWarpColumns);  // 16-column blocks of a warp
-    static constexpr bool kIdleWarps = kN * (kWarpColumns - 1) >= kColumnBlocks;        // more than there are columns for
+    static constexpr int kN = ceil_div(kColumnBlocks, kWarpColumns);       // 16-column blocks of a warp
+    static constexpr bool kIdleWarps = kN * (kWarpColumns - 1) >= kColumnBlocks;  // more than there are columns for
     static_assert(kWarpRows * kWarpColumns == C.num_warps);
     static_assert(kColumnBlocks % kN == 0 || C.block_d >= C.head_dim);  // else a warp would reach into the next chunk
 
