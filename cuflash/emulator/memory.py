@@ -300,20 +300,27 @@ class GlobalMemory:
         t: str,
     ) -> np.ndarray:
         """Read-modify-write one element per lane, lane after lane; returns the old values. Here, unlike in shared
-        memory, float32 sums flush subnormals."""
+        memory, float32 sums flush subnormals. A vector of values to add is added to as many elements; nobody asks
+        what they were."""
         mask = lanes.active(guard)
         if mask is NOBODY:
             return np.zeros((), dtype)
-        offsets = self.locate(
-            lanes, site, lanes.flat(address, mask), dtype.itemsize, mask, OWNED | WRITTEN, "update", flat=True
-        )
-        lanes.machine.counters.global_access(lanes, offsets, dtype.itemsize, mask, False)
-        lanes.machine.counters.global_access(lanes, offsets, dtype.itemsize, mask, True)
+        count = len(values) if operation == "add" else 1
+        width = dtype.itemsize * count
+        offsets = self.locate(lanes, site, lanes.flat(address, mask), width, mask, OWNED | WRITTEN, "update", flat=True)
+        lanes.machine.counters.global_access(lanes, offsets, width, mask, False)
+        lanes.machine.counters.global_access(lanes, offsets, width, mask, True)
         view = self.data.view(dtype)
         index = offsets >> (dtype.itemsize.bit_length() - 1)
         t = "f32.ftz" if (t, operation) == ("f32", "add") else t
-        old, changed = apply_atomic(view, index, operation, tuple(lanes.flat(v, mask) for v in values), t)
+        of_lanes = tuple(lanes.flat(v, mask) for v in values)
+        if count > 1:
+            index = (index[:, None] + np.arange(count)).reshape(-1)
+            of_lanes = (np.stack(of_lanes, axis=1).reshape(-1),)
+        old, changed = apply_atomic(view, index, operation, of_lanes, t)
         lanes.machine.changes += changed
+        if count > 1:
+            return np.zeros((), dtype)
         return old.reshape(lanes.shape) if mask is None else lanes.spread(old, mask)
 
     def locate(

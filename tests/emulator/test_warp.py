@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cuflash.emulator import Device, Race, Uninitialized
+from cuflash.emulator import Device, Misaligned, Race, Uninitialized
 from tests.emulator.programs import compile_cuda, run_cuda
 
 LANES = np.arange(32)
@@ -191,6 +191,31 @@ def test_atomic_sums_of_float32_flush_subnormals_in_global_memory_alone() -> Non
     result, _ = run_cuda(source, {"g": np.float32([0, 1.2e-38]), "y": np.zeros(1, np.float32)}, block=1)
     assert result["y"][0] == np.float32(1e-39)
     assert result["g"].tolist() == [0, np.float32(1.2e-38)]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_vector_sums_in_global_memory(count: int) -> None:
+    """Each element is added by itself; lanes may meet in one place, and one that is guarded adds nothing."""
+    places = ", ".join(f"%{k + 1}" for k in range(count))
+    values = ", ".join(f'"f"(i + {k}.0f)' for k in range(count))
+    source = f"""
+    extern "C" __global__ void kernel(float* y) {{
+      int i = threadIdx.x;
+      if (i % 5 != 0)
+        asm volatile("red.relaxed.gpu.global.add.v{count}.f32 [%0], {{{places}}};"
+                     :: "l"(y + {count} * (i / 4)), {values} : "memory");
+    }}"""
+    device = Device("sm_90")
+    y = device.to_device(np.ones((9, count), np.float32), name="y")
+    kernel = device.load(compile_cuda(source).replace(".target sm_80", ".target sm_90")).kernel("kernel")
+    report = kernel.launch(1, 32, [y])
+    expected = np.ones((9, count), np.float32)
+    for i in LANES[LANES % 5 != 0]:
+        expected[i // 4] += i + np.arange(count)
+    np.testing.assert_array_equal(y.to_host(), expected)
+    assert report.global_written == report.global_read == 25 * 4 * count
+    with pytest.raises(Misaligned):
+        kernel.launch(1, 32, [np.uint64(y.pointer + 4)])
 
 
 @pytest.mark.parametrize("warp_order", [None, 3])

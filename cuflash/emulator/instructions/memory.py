@@ -121,15 +121,18 @@ def atom(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     operation = m.one_of("add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec")
     count = int((m.option("v2", "v4") or "v1")[1])
     t = m.type()
-    if (t in ("f16", "bf16", "bf16x2", "f16x2") and operation != "add") or count != 1:
+    if t in ("f16", "bf16", "bf16x2", "f16x2") and operation != "add":
         raise b.unsupported(f"{i.opcode}.{operation}.{t} is not supported")
+    if count != 1 and (i.opcode, operation, space, t) != ("red", "add", "global", "f32"):
+        raise b.unsupported(f"{i.opcode}.{operation}.{space}.v{count}.{t} is not supported")
     b.count_class(f"atomic_{space}")
     operands = list(i.operands)
     target = operands.pop(0) if i.opcode == "atom" else None
     kind = KINDS[t]
     address = _address(b, operands[0], space)
-    b.access(space, bits(kind))
-    values = "".join(f"{b.read(x, kind)}, " for x in operands[1 : 3 if operation == "cas" else 2])
+    b.access(space, bits(kind) * count)
+    sources = operands[1:3] if operation == "cas" else b.parts(operands[1])
+    values = "".join(f"{b.read(x, kind)}, " for x in sources)
     if order.releases:
         b.emit(f"X.release({order.device})")
     b.emit("X.publish()")
