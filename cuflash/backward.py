@@ -1,66 +1,184 @@
-"""The backward pass from native arrays to native gradients: the counterpart of `cuflash.forward`."""
+"""The backward pass from native arrays to native gradients: the counterpart of `cuflash.forward`.
+
+Everything that does not depend on addresses is prepared once per problem, layouts and device, and kept.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from cuflash import check, forward
+from cuflash import check, forward, records
 from cuflash.check import Packing, Scores
-from cuflash.device import Device
+from cuflash.device import Call, Device, Kernel
+from cuflash.forward import MAX_PREPARED, Operands, full_bias, normal
 from cuflash.errors import DeviceError
-from cuflash.forward import Operands, full_bias, normal
 from cuflash.layout import NativeArray, layout
 from cuflash.options import Options
+from cuflash.plan.backward import plan_backward
+from cuflash.plan.params import BACKWARD_PARAMS
 
 Pullback = Callable[[NativeArray, NativeArray | None], tuple[NativeArray, ...]]
 
+FLOAT32, UINT32 = np.dtype(np.float32), np.dtype(np.uint32)
+BACKWARD_BYTES, AT = records.as_bytes(BACKWARD_PARAMS), records.address_words(BACKWARD_PARAMS)
 
-def check_device(device: Device | None) -> None:
-    """Gradients have no kernels yet."""
-    if device is not None:
-        raise DeviceError(
-            f"vjp on {device.arch.name}: gradients run on the CPU so far; pass NumPy arrays, outside of cuflash.emulate"
-        )
+
+class Kept(NamedTuple):
+    """What a pullback keeps of the forward pass and the cotangents it is called with, named as in BACKWARD_PARAMS."""
+
+    q: NativeArray
+    k: NativeArray
+    v: NativeArray
+    bias: NativeArray | None
+    o: NativeArray
+    lse: NativeArray
+    d_o: NativeArray
+    d_lse: NativeArray | None
+
+
+@dataclass(frozen=True, slots=True)
+class Launches:
+    """Kernels of one plan in their order, their parameters complete but for the addresses, and their workspaces."""
+
+    kernels: tuple[Kernel, ...]
+    words: np.ndarray
+    workspaces: tuple[tuple[str, tuple[int, ...], np.dtype], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What every pullback of one problem, layouts and device shares."""
+
+    copied: tuple[str, ...]  # of Kept: arrays whose rows are not contiguous
+    launches: Launches | None  # None: nothing to compute, all gradients are 0
 
 
 def run(
     device: Device | None, operands: Operands, asked: Scores, packing: Packing | None, options: Options | None
 ) -> tuple[NativeArray, NativeArray, Pullback]:
     """out, lse, and what turns their cotangents (dlse: or None) into the gradients of q, k, v and, if given, bias."""
-    check_device(device)
     out, lse = forward.run(device, operands, asked, packing, True, options)
-    q, k, v, bias, _, cu_seqlens_q, cu_seqlens_k = operands
+    q, k, v, bias, *_ = operands
+
+    def pullback(dout: NativeArray, dlse: NativeArray | None = None) -> tuple[NativeArray, ...]:
+        kept = Kept(q, k, v, bias, out, lse, dout, dlse)
+        if device is None:
+            return _run_on_cpu(kept, operands, asked, packing)
+        layouts = tuple(None if array is None else layout(array) for array in kept)
+        key = (layouts, asked, packing, options)
+        prepared = device.prepared.get(key)
+        if prepared is None:
+            prepared = _prepare(device, *key)
+            if len(device.prepared) >= MAX_PREPARED:
+                device.prepared.clear()
+            device.prepared[key] = prepared
+        return _run_on_device(device, prepared, kept, operands)
+
+    return out, lse, pullback
+
+
+def _prepare(
+    device: Device,
+    layouts: tuple[Any, ...],  # of the fields of Kept
+    asked: Scores,
+    packing: Packing | None,
+    options: Options | None,
+) -> Prepared:
+    q, k, v, bias, *_ = layouts
+    problem = check.problem(q, k, v, bias, asked, packing)
+    if bias is not None:
+        raise DeviceError(f"bias is given: must be None for a gradient on {device.arch.name}")
+    arrays = {name: array for name, array in zip(Kept._fields, layouts, strict=True) if array is not None}
+    copied = [name for name in ("q", "k", "v", "d_o") if not arrays[name].rows_contiguous]
+    arrays |= {name: arrays[name].contiguous() for name in copied}
+    if 0 in arrays["lse"].shape or 0 in k.shape[:-1]:
+        return Prepared(tuple(copied), None)
+    load_bytes = records.access_bytes(*(arrays[name] for name in ("q", "k", "v", "o", "d_o")))
+    gradients = {f"d{name}": array.contiguous() for name, array in zip("qkv", (q, k, v), strict=True)}
+    plan = plan_backward(
+        problem,
+        device.arch,
+        load_bytes=load_bytes,
+        store_bytes=records.access_bytes(*gradients.values()),
+        options=options,
+    )
+    words = records.as_words(records.backward_record(problem, plan, arrays | gradients))
+    workspaces = (
+        ("row_lse", plan.row_shape, FLOAT32),
+        ("row_delta", plan.row_shape, FLOAT32),
+        ("dq_sum", plan.sum_shape, FLOAT32),
+        ("turns", plan.turn_shape, UINT32),
+    )
+    return Prepared(tuple(copied), Launches(tuple(map(device.load, plan.launches)), words, workspaces))
+
+
+def _run_on_device(device: Device, prepared: Prepared, kept: Kept, operands: Operands) -> tuple[NativeArray, ...]:
+    inputs = [array for array in kept[:4] if array is not None]
+    with device.call() as call:
+        gradients = tuple(device.empty(array.shape, array.dtype) for array in inputs)
+        if prepared.launches is None:
+            for gradient in gradients:
+                gradient.fill(0)
+        else:
+            if prepared.copied:
+                kept = kept._replace(**{name: getattr(kept, name).copy(order="C") for name in prepared.copied})
+            _launch(call, device, prepared.launches, kept, operands, gradients)
+    return gradients
+
+
+def _launch(
+    call: Call, device: Device, launches: Launches, kept: Kept, operands: Operands, gradients: tuple[NativeArray, ...]
+) -> None:
+    words = launches.words.copy()
+    for name, array in zip(Kept._fields, kept, strict=True):
+        if array is not None:
+            words[AT[name]] = call.read(array, name)
+    if operands.cu_seqlens_q is not None:
+        # Kept until the launch: the pool would give a copy's memory to the next workspace.
+        cu_seqlens_q, cu_seqlens_k = device.indices(operands.cu_seqlens_q), device.indices(operands.cu_seqlens_k)
+        words[AT["cu_seqlens_q"]] = call.read(cu_seqlens_q, "cu_seqlens_q")
+        words[AT["cu_seqlens_k"]] = call.read(cu_seqlens_k, "cu_seqlens_k")
+    for name, array in zip(("dq", "dk", "dv"), gradients, strict=False):
+        words[AT[name]] = call.write(array, name)
+    for name, shape, dtype in launches.workspaces:
+        words[AT[name]] = call.workspace(shape, dtype, name)
+    record = words.view(BACKWARD_BYTES)
+    for kernel in launches.kernels:
+        kernel(record)
+
+
+def _run_on_cpu(kept: Kept, operands: Operands, asked: Scores, packing: Packing | None) -> tuple[np.ndarray, ...]:
+    from cuflash.cpu.backward import Arrays, backward
+
+    q, k, v, bias, out, lse, dout, dlse = kept
     problem = check.problem(layout(q), layout(k), layout(v), None if bias is None else layout(bias), asked, packing)
     lse_shape = (problem.batch, problem.num_heads, problem.seqlen_q)
 
-    def tokens_first(array: NativeArray) -> NativeArray:
+    def tokens_first(array: np.ndarray) -> np.ndarray:
         return normal(array, problem.varlen)
 
-    def heads_first(array: NativeArray) -> NativeArray:
+    def heads_first(array: np.ndarray) -> np.ndarray:
         return array if problem.varlen else array.reshape(lse_shape)
 
-    def pullback(dout: np.ndarray, dlse: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
-        from cuflash.cpu.backward import Arrays, backward
-
-        dq, dk, dv = (np.zeros(array.shape, array.dtype) for array in (q, k, v))
-        dbias = None if bias is None else np.zeros(bias.shape, bias.dtype)
-        arrays = Arrays(
-            tokens_first(q),
-            tokens_first(k),
-            tokens_first(v),
-            None if bias is None else full_bias(bias, problem),
-            tokens_first(out),
-            heads_first(lse),
-            tokens_first(dout),
-            None if dlse is None else heads_first(dlse),
-            tokens_first(dq),
-            tokens_first(dk),
-            tokens_first(dv),
-        )
-        in_rank_4 = None if dbias is None else dbias.reshape((1,) * (4 - dbias.ndim) + dbias.shape)
-        backward(problem, arrays, cu_seqlens_q, cu_seqlens_k, in_rank_4)
-        return (dq, dk, dv) if dbias is None else (dq, dk, dv, dbias)
-
-    return out, lse, pullback
+    dq, dk, dv = (np.zeros(array.shape, array.dtype) for array in (q, k, v))
+    dbias = None if bias is None else np.zeros(bias.shape, bias.dtype)
+    arrays = Arrays(
+        tokens_first(q),
+        tokens_first(k),
+        tokens_first(v),
+        None if bias is None else full_bias(bias, problem),
+        tokens_first(out),
+        heads_first(lse),
+        tokens_first(dout),
+        None if dlse is None else heads_first(dlse),
+        tokens_first(dq),
+        tokens_first(dk),
+        tokens_first(dv),
+    )
+    in_rank_4 = None if dbias is None else dbias.reshape((1,) * (4 - dbias.ndim) + dbias.shape)
+    backward(problem, arrays, operands.cu_seqlens_q, operands.cu_seqlens_k, in_rank_4)
+    return (dq, dk, dv) if dbias is None else (dq, dk, dv, dbias)

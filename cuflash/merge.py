@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from cuflash import backward, records
+from cuflash import records
 from cuflash.arrays import Kind, device_of, gather, kind_of
 from cuflash.check import DTYPE_NAMES, KERNEL_BIAS_DTYPES
 from cuflash.device import Call, Device
@@ -147,7 +148,7 @@ def _sum_dtype(outs: Sequence[np.ndarray], lses: Sequence[np.ndarray]) -> type:
 
 def _weights(lses: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
     """exp(lse_i - lse), and lse = m + log Σ exp(lse_i - m) with m the largest, 0 in its place where all are -inf."""
-    m = np.maximum.reduce(lses)
+    m = reduce(np.maximum, lses)
     m = np.where(np.isneginf(m), 0, m).astype(m.dtype)
     terms = [np.exp(lse - m) for lse in lses]
     total = sum(terms)
@@ -168,10 +169,12 @@ def _by_token(of_rows: np.ndarray) -> np.ndarray:
 
 
 def _merge_states_vjp(outs: Any, lses: Any) -> tuple[tuple[Any, Any], Pullback]:
-    """With w_i = exp(lse_i - lse): dout_i = w_i dO, dlse_i = w_i (rowsum(dO ∘ (out_i - out)) + dlse)."""
-    kind, device, out_arrays, lse_arrays = _take(outs, lses)
-    backward.check_device(device)
-    out, lse = _merge_on_cpu(out_arrays, lse_arrays)
+    """With w_i = exp(lse_i - lse): dout_i = w_i dO, dlse_i = w_i (rowsum(dO ∘ (out_i - out)) + dlse).
+
+    The pullback is array operations where the arrays are: NumPy's functions give CuPy's arrays to CuPy.
+    """
+    kind, _, out_arrays, lse_arrays = _take(outs, lses)
+    result = merge_states(outs, lses)
 
     def pullback(cotangent: Any) -> tuple[Any, Any]:
         native: list[NativeArray] = gather(("cotangent[0]", "cotangent[1]"), cotangent)[1]
@@ -182,11 +185,11 @@ def _merge_states_vjp(outs: Any, lses: Any) -> tuple[tuple[Any, Any], Pullback]:
         delta = sum(weight * dot for weight, dot in zip(weights, dots, strict=True))  # rowsum(dO ∘ O)
         of_lses = [np.where(w == 0, 0, w * (dot - delta + dlse)) for w, dot in zip(weights, dots, strict=True)]
         return (
-            _give_like(outs, kind, [_weigh(weight, dout).astype(out.dtype) for weight in weights]),
-            _give_like(lses, kind, [gradient.astype(lse.dtype) for gradient in of_lses]),
+            _give_like(outs, kind, [_weigh(weight, dout).astype(out_arrays[0].dtype) for weight in weights]),
+            _give_like(lses, kind, [gradient.astype(lse_arrays[0].dtype) for gradient in of_lses]),
         )
 
-    return (kind.give(out), kind.give(lse)), pullback
+    return result, pullback
 
 
 def _give_like(states: Any, kind: Kind, gradients: list[np.ndarray]) -> Any:

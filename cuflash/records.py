@@ -5,7 +5,7 @@ Axes that an array lacks have stride 0. Strides of the records are in elements, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import gcd
 from typing import NamedTuple
 
@@ -13,9 +13,10 @@ import numpy as np
 
 from cuflash.errors import InvalidValueError
 from cuflash.layout import ALIGNMENT, Layout, contiguous_strides
+from cuflash.plan.backward import BackwardPlan
 from cuflash.plan.config import MAX_SPLITS
 from cuflash.plan.forward import ForwardPlan
-from cuflash.plan.params import COMBINE_PARAMS, FORWARD_PARAMS, NO_BOUND
+from cuflash.plan.params import BACKWARD_PARAMS, COMBINE_PARAMS, FORWARD_PARAMS, NO_BOUND
 from cuflash.problem import Problem
 
 
@@ -121,6 +122,13 @@ def forward_record(
         record["lse_split_stride"], *record["lse_strides"] = partial.lse_strides
     if bias is not None:
         record["bias_strides"] = bias_strides(bias)
+    _set_problem(record, problem)
+    record["num_splits"], record["q_tiles"] = plan.num_splits, plan.q_tiles
+    return record
+
+
+def _set_problem(record: np.ndarray, problem: Problem) -> None:
+    """What the records of both passes say about the problem."""
     for name in ("scale", "softcap", "batch", "num_heads", "seqlen_q", "seqlen_k"):
         record[name] = getattr(problem, name)
     record["group"] = problem.group
@@ -128,7 +136,21 @@ def forward_record(
     for name in ("left", "right"):
         bound = getattr(problem, name)
         record[name] = NO_BOUND if bound is None else min(bound, NO_BOUND)
-    record["num_splits"], record["q_tiles"] = plan.num_splits, plan.q_tiles
+
+
+def backward_record(problem: Problem, plan: BackwardPlan, arrays: Mapping[str, Layout]) -> np.ndarray:
+    """Parameters that the launches of a backward pass share; `arrays` by name, those that are absent left out."""
+    record = np.zeros((), BACKWARD_PARAMS)
+    for name, array in arrays.items():
+        if name == "bias":
+            strides: Sequence[int] = bias_strides(array)
+        elif name in ("lse", "d_lse"):
+            strides = lse_strides(in_elements(name, array))
+        else:
+            strides = token_strides(name, array)
+        record[f"{name}_strides"] = strides
+    _set_problem(record, problem)
+    record["q_tiles"], record["k_tiles"] = plan.q_tiles, plan.k_tiles
     return record
 
 

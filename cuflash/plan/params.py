@@ -63,3 +63,50 @@ COMBINE_PARAMS = np.dtype(
     ],
     align=True,
 )
+
+BACKWARD_PARAMS = np.dtype(
+    [
+        ("q", np.uint64),  # as in FORWARD_PARAMS
+        ("k", np.uint64),
+        ("v", np.uint64),
+        ("o", np.uint64),  # what the forward pass gave
+        ("d_o", np.uint64),  # its cotangent, laid out by its own strides
+        ("lse", np.uint64),  # what the forward pass gave
+        ("d_lse", np.uint64),  # its cotangent; 0: none
+        ("bias", np.uint64),
+        ("dq", np.uint64),
+        ("dk", np.uint64),
+        ("dv", np.uint64),
+        ("row_lse", np.uint64),  # float32 workspace, see `cuflash.plan.backward.Workspaces`
+        ("row_delta", np.uint64),  # float32 workspace
+        ("dq_sum", np.uint64),  # float32 workspace
+        ("turns", np.uint64),  # uint32 workspace
+        ("cu_seqlens_q", np.uint64),  # int32 (batch + 1), packed only
+        ("cu_seqlens_k", np.uint64),
+        ("q_strides", np.int64, 3),  # batch, token, head
+        ("k_strides", np.int64, 3),
+        ("v_strides", np.int64, 3),
+        ("o_strides", np.int64, 3),
+        ("d_o_strides", np.int64, 3),
+        ("dq_strides", np.int64, 3),
+        ("dk_strides", np.int64, 3),
+        ("dv_strides", np.int64, 3),
+        ("lse_strides", np.int64, 3),  # batch, head, token
+        ("d_lse_strides", np.int64, 3),
+        ("bias_strides", np.int64, 4),  # batch, head, query, key
+        ("scale", np.float32),
+        ("softcap", np.float32),
+        ("batch", np.int32),
+        ("num_heads", np.int32),
+        ("group", np.int32),  # query heads per key/value head
+        ("seqlen_q", np.int32),  # packed: upper bound of a sequence's length
+        ("seqlen_k", np.int32),
+        ("total_q", np.int32),  # packed: number of tokens; cu_seqlens are clamped to it
+        ("total_k", np.int32),
+        ("left", np.int32),  # window, NO_BOUND where unbounded
+        ("right", np.int32),
+        ("q_tiles", np.int32),  # query tiles of one head of one batch entry; packed: of one head in all
+        ("k_tiles", np.int32),  # the same of keys
+    ],
+    align=True,
+)
