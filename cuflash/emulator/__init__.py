@@ -10,9 +10,9 @@ blocks), `translate` with `instructions` (each block as a Python function over w
 runs next) with `lanes`, `barriers` and `progress`, `memory` and `shared` (every access checked) with `copies`, `clocks`
 (what is ordered before what), `races` and `writers`, and `report`. `faults` has the errors.
 
-Arithmetic rounds as the PTX ISA says, a fused multiply-add once. Not bit for bit as on a GPU: the approximate functions
-(exact here to the last bit or so), sums of matrix products (in an order of its own and rounded to nearest, but cut
-toward zero, as a GPU cuts them, for TF32), the payload of a NaN. What PTX leaves undefined is a fault where a program
+Arithmetic rounds as the PTX ISA says, a fused multiply-add once; matrix products with float32 sums have the bits that
+an H200 gives, on every architecture. Not bit for bit as on a GPU: the approximate functions (exact here to the last bit
+or so), the order of float64 matrix products, the payload of a NaN. What PTX leaves undefined is a fault where a program
 could come to depend on it: reads of what nothing has written, data races, warp-wide instructions without their warp.
 Races are looked for in all accesses to shared memory, and between writes to global memory.
 """

@@ -83,6 +83,7 @@ class Machine:
         self.barriers = Barriers(self)
         zeros = {kind: np.zeros((), "?" if kind == "p" else kind) for kind in set(self.translation.kinds)}
         self.registers: list = [zeros[kind] for kind in self.translation.kinds]
+        self.spaces: dict[tuple[int, ...], tuple[np.ndarray, ...]] = {}  # of matrices.py, by shape
         self.owned = [False] * len(self.registers)
         self.present = np.broadcast_to(np.arange(self.warps * 32).reshape(1, -1, 32) < threads, (count, self.warps, 32))
         self.all_present = threads == self.warps * 32

@@ -161,7 +161,7 @@ class BlockBuilder:
         self.origin: dict[str, str] = {}  # Python variable -> incoming register it may alias
         self.exposed: set[str] = set()
         self.counts: dict[str, int] = {}
-        self.fragments: dict[tuple[str, ...], str] = {}
+        self.fragments: dict[str, str] = {}
         self.count = 0
         self.guard: str | None = None
         self.current: Instruction | None = None

@@ -160,6 +160,37 @@ def test_sums_of_tf32_are_cut_toward_zero() -> None:
     np.testing.assert_array_equal(result[..., 2:], np.float32(-1 - 2.0**-23))
 
 
+def one_sum(start: float, products: list[tuple[float, float]], dtype: np.dtype) -> float:
+    """mma of sixteen-bit types whose first sum is that of `products`; the others, of a second warp too, are zero."""
+    a, b, c = np.zeros((2, 16, 16), dtype), np.zeros((2, 16, 8), dtype), np.zeros((2, 16, 8), "f4")
+    c[0, 0, 0] = start
+    for k, (x, y) in enumerate(products):
+        a[0, 0, k], b[0, k, 0] = x, y
+    name = "bf16" if dtype == BF16 else "f16"
+    result = multiply("m16n8k16", f"f32.{name}.{name}.f32", left16(a), right16(b), accumulators(c))
+    assert np.count_nonzero(result[1]) == np.count_nonzero(result[0, 1:]) == 0
+    return float(result[0, 0, 0])
+
+
+def test_terms_of_a_sum_are_cut_below_the_largest_exponent() -> None:
+    """As on an H200: 25 bits below it, a product's exponent being the sum of its factors'."""
+    half = np.dtype("f2")
+    assert one_sum(1, 16 * [(1.5 * 2.0**-13, 2.0**-13)], half) == 1
+    assert one_sum(1, 16 * [(2.0**-12, 2.0**-13)], half) == 1 + 2.0**-21
+    assert one_sum(1, 15 * [(-1.5 * 2.0**-12, 1.5 * 2.0**-13)], half) == 1 - 2.0**-20 + 2.0**-24  # -30 · 2^-25
+    assert one_sum(0, [(1.5, 1.5), *8 * [(2.0**-12, 2.0**-13)]], half) == 2.25 + 2.0**-22
+    assert one_sum(0, [(2, 1), *8 * [(2.0**-12, 2.0**-13)]], half) == 2
+
+
+def test_sums_of_bfloat_at_both_ends_of_the_range() -> None:
+    assert one_sum(0, [(2.0**100, 2.0**100)], BF16) == np.inf
+    assert one_sum(-(2.0**100), [(2.0**64, 2.0**63)], BF16) == np.float32(2.0**127 - 2.0**100)
+    assert one_sum(-np.inf, [(2.0**127, 2.0**127)], BF16) == -np.inf
+    assert one_sum(3e38, [(0, 2.0**127)], BF16) == np.float32(3e38)
+    assert one_sum(2.0**-140, [(2.0**-60, 2.0**-60)], BF16) == 2.0**-120
+    assert one_sum(2.0**-100, [(0, 2.0**127)], BF16) == 2.0**-100
+
+
 FLOAT64_SHAPES = {"m8n8k4": "sm_80", "m16n8k4": "sm_90", "m16n8k8": "sm_90", "m16n8k16": "sm_90"}
 
 

@@ -113,13 +113,13 @@ def _wrapped(name: str, product: Product) -> Program:
     const u32 left[4] = {{a[0], a[1], a[2], a[3]}};
     ptx::{name}(sums, left, a[4], a[5]);
     for (int i = 0; i < 4; ++i) d[i] = __float_as_uint(sums[i]);"""
-    return Program(name, "matrix", body, 4, product.inputs, product.model)
+    return Program(name, "matrix", body, 4, product.inputs, product.model, same_bits=True)
 
 
 def _plain(product: Product, capability: int = 80) -> Program:
     name = f"mma_{product.form.replace('.row.col', '').replace('.', '_')}"
-    outputs = product.registers[2] * product.sums.itemsize // 4
-    return Program(name, "types", product.body(), outputs, product.inputs, product.model, capability)
+    outputs, single = product.registers[2] * product.sums.itemsize // 4, product.sums == FLOAT32
+    return Program(name, "types", product.body(), outputs, product.inputs, product.model, capability, same_bits=single)
 
 
 def _float64(rows: int, depth: int) -> Product:

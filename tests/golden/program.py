@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,6 +10,10 @@ import numpy as np
 
 LANES = 32
 FLOAT32 = np.dtype(np.float32)
+
+
+def digest(words: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(words).tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class Program:
     """A unit for `cuflash.jit`: body of one instruction, its inputs (seeded), its model.
 
     capability : compute capability, times ten, of the first architecture that has the instruction
+    same_bits : the emulator computes the bits of a GPU although the model has only bounds
     """
 
     name: str
@@ -52,6 +58,7 @@ class Program:
     make_inputs: Callable[[np.random.Generator], np.ndarray]  # uint32 (threads, inputs), whole warps
     model: Callable[[np.ndarray], Expected]
     capability: int = 80
+    same_bits: bool = False
 
     @property
     def arch(self) -> str:

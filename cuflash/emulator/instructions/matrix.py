@@ -51,9 +51,7 @@ def movmatrix(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     b.write(i.operands[0], "u4", f"transpose_matrix(X, {b.read(i.operands[1], 'u4')})")
 
 
-SHAPES = {  # rows, columns, depth
-    "m8n8k4": (8, 8, 4), "m16n8k4": (16, 8, 4), "m16n8k8": (16, 8, 8), "m16n8k16": (16, 8, 16), "m16n8k32": (16, 8, 32),
-}  # fmt: skip
+SHAPES = ("m8n8k4", "m16n8k4", "m16n8k8", "m16n8k16", "m16n8k32")
 FORMS = {  # type of A: its shapes, the types of B beside it, the types in which it is summed
     "f16": (("m16n8k8", "m16n8k16"), ("f16",), ("f32", "f16")),
     "bf16": (("m16n8k8", "m16n8k16"), ("bf16",), ("f32",)),
@@ -77,21 +75,24 @@ def mma(b: BlockBuilder, i: Instruction, m: Modifiers) -> None:
     if shape not in shapes or b_type not in partners or result != c_type or result not in sums:
         raise b.unsupported(f"mma.{shape} of {a_type}, {b_type}, {c_type} to {result} is not supported")
     b.count_class(f"mma_{shape}_{a_type}")
-    rows, columns, depth = SHAPES[shape]
     target, x, y, c = i.operands
-    kind = "f8" if a_type == "f64" else "u4"
-    left = _fragment(b, "left", [b.read(v, kind) for v in b.parts(x)], a_type, rows, depth)
-    right = _fragment(b, "right", [b.read(v, kind) for v in b.parts(y)], b_type, columns, depth)
-    keep = {"f32": "f4", "f64": "f8", "f16": "u4"}[result]
+    kind, keep = ("f8" if a_type == "f64" else "u4"), {"f32": "f4", "f64": "f8", "f16": "u4"}[result]
+    left, right = ([b.read(v, kind) for v in b.parts(factor)] for factor in (x, y))
+    if a_type == "f64":
+        name, side = "multiply_f64", "right_f64" if shape == "m8n8k4" else "left_f64"
+        factors = (_fragment(b, side, left), f"{_fragment(b, 'right_f64', right)}.swapaxes(1, 2)")
+    else:
+        name = {"f16": "multiply_half", "f32": "multiply_float8" if shape == "m16n8k32" else "multiply"}[result]
+        factors = (_fragment(b, f"factor_{a_type}", left, True), _fragment(b, f"factor_{b_type}", right, False))
     start = "".join(f"{b.read(v, keep)}, " for v in b.parts(c))
-    name = "multiply_half" if result == "f16" else "multiply_cut" if a_type == "tf32" else "multiply"
-    values = b.temporary(f"{name}(X, {left}, {right}, ({start}))")
+    values = b.temporary(f"{name}(X, {factors[0]}, {factors[1]}, ({start}))")
     for k, v in enumerate(b.parts(target)):
         b.write(v, keep, f"{values}[{k}]")
 
 
-def _fragment(b: BlockBuilder, side: str, registers: list[str], t: str, rows: int, depth: int) -> str:
-    key = (side, t, *registers)
-    if key not in b.fragments:
-        b.fragments[key] = b.temporary(f"{side}_{t}(X, ({''.join(r + ', ' for r in registers)}), {rows}, {depth})")
-    return b.fragments[key]
+def _fragment(b: BlockBuilder, function: str, registers: list[str], *more: object) -> str:
+    """The factor that a function of matrices.py makes of registers."""
+    call = f"{function}(X, ({''.join(r + ', ' for r in registers)}){''.join(f', {x}' for x in more)})"
+    if call not in b.fragments:
+        b.fragments[call] = b.temporary(call)
+    return b.fragments[call]
