@@ -67,7 +67,7 @@ def attention(
         Where the result goes, of q's kind, device and dtype: any strides with a contiguous last axis, sharing no
         element with an input.
     options : Options, optional
-        How the kernels run; on the CPU there is nothing to choose, and anything but the default is an error.
+        How the kernels run; on the CPU there is nothing to choose, and anything but `deterministic` is an error.
 
     Returns
     -------

@@ -14,8 +14,8 @@ import numpy as np
 from cuflash import check, forward, records
 from cuflash.check import Packing, Scores
 from cuflash.device import Call, Device, Kernel
-from cuflash.forward import MAX_PREPARED, Operands, full_bias, normal
 from cuflash.errors import DeviceError
+from cuflash.forward import MAX_PREPARED, Operands, full_bias, normal
 from cuflash.layout import NativeArray, layout
 from cuflash.options import Options
 from cuflash.plan.backward import plan_backward

@@ -254,5 +254,5 @@ def check_out(out: Layout, shape: tuple[int, ...], dtype: np.dtype) -> None:
 def check_options(options: Any, on_kernels: bool) -> None:
     if not isinstance(options, Options):
         raise InvalidTypeError(f"options = {options!r}: must be a cuflash.Options or None")
-    if not on_kernels and options != Options():
+    if not on_kernels and options != Options(deterministic=options.deterministic):
         raise InvalidValueError(f"options = {options}: must be None on the CPU, which runs no kernel to choose")

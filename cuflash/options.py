@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cuflash.errors import InvalidTypeError, InvalidValueError
-from cuflash.plan.config import MAX_SPLITS, ForwardConfig
+from cuflash.plan.config import MAX_SPLITS, BackwardConfig, ForwardConfig
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,17 @@ class Options:
     config : ForwardConfig, optional
         Explicit kernel configuration; None lets the plan choose. The fields that follow from the
         problem (dtype, head dims, bias, ...) must agree with it.
+    deterministic : bool
+        Gradients have the same bits every time: key tiles add to dq in a fixed order. If False, in the order in which
+        they come, and the last bits of dq may vary. On the CPU gradients never vary.
+    backward_config : BackwardConfig, optional
+        The same for the kernels that a pullback of `vjp` launches.
     """
 
     num_splits: int | None = None
     config: ForwardConfig | None = None
+    deterministic: bool = True
+    backward_config: BackwardConfig | None = None
 
     def __post_init__(self) -> None:
         if self.num_splits is not None:
@@ -34,3 +41,8 @@ class Options:
                 raise InvalidValueError(f"options.num_splits = {self.num_splits}: must be 1 to {MAX_SPLITS}")
         if self.config is not None and not isinstance(self.config, ForwardConfig):
             raise InvalidTypeError(f"options.config = {self.config!r}: must be a ForwardConfig or None")
+        if not isinstance(self.deterministic, bool):
+            raise InvalidTypeError(f"options.deterministic = {self.deterministic!r}: must be True or False")
+        given = self.backward_config
+        if given is not None and type(given) is not BackwardConfig:
+            raise InvalidTypeError(f"options.backward_config = {given!r}: must be a BackwardConfig or None")

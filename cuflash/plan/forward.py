@@ -78,7 +78,7 @@ def plan_forward(
     """
     options = options or Options()
     sms = sm_count or arch.sm_count
-    required = _required(problem, load_bytes, store_bytes)
+    required = required_fields(problem, load_bytes, store_bytes)
     if options.config is not None:
         _validate(options.config, required, options.num_splits, arch)
         splits = options.num_splits or (_num_splits(problem, options.config, arch, sms) if options.config.split else 1)
@@ -108,7 +108,7 @@ def clocks_per_query(config: ForwardConfig, arch: Arch, few_rows: bool) -> float
 def ranked_configs(problem: Problem, arch: Arch, *, load_bytes: int, store_bytes: int) -> list[ForwardConfig]:
     """Every tiling whose tiles fit the shared memory, whether or not its registers do, in the cost model's order."""
     few_rows = problem.seqlen_q <= FEW_ROWS
-    configs = _candidates(_required(problem, load_bytes, store_bytes), few_rows, split=False)
+    configs = _candidates(required_fields(problem, load_bytes, store_bytes), few_rows, split=False)
     fitting = [config for config in configs if shared_bytes(config) <= arch.shared_per_block]
     return sorted(fitting, key=lambda config: clocks_per_query(config, arch, few_rows))
 
@@ -173,8 +173,8 @@ def _most_visible_keys(problem: Problem, block_m: int) -> int:
     return max(end - begin, half_end - half_begin, 0)
 
 
-def _required(problem: Problem, load_bytes: int, store_bytes: int) -> dict[str, object]:
-    """Fields of a configuration that follow from the problem."""
+def required_fields(problem: Problem, load_bytes: int, store_bytes: int) -> dict[str, object]:
+    """Fields of a configuration, of the forward and of the backward pass, that follow from the problem."""
     return {
         "dtype": problem.dtype,
         "bias_dtype": problem.bias_dtype or "none",
