@@ -52,6 +52,34 @@ __device__ __forceinline__ void locate(BackwardShared<C>& shared, const Backward
     shared.values = row_at(params.v, params.v_strides, work.batch_entry, work.k_start, work.kv_head);
 }
 
+// S^T = K Q^T or dP^T = V dO^T: the warp's rows of a left tile with all rows of a right one, over their whole depth.
+template <Element E, class Left, class Right, int kM, int kN>
+__device__ __forceinline__ void multiply_rows(float (&S)[kM][kN][4], const u16* left, const u16* right) {
+    const int thread = ptx::thread_index(), lane = thread % 32, row = thread / 32 * 16 * kM;
+    const u32 a = ptx::shared_address(left) + row * Left::kPitch + Left::lane_by_columns(lane);
+    const u32 b = ptx::shared_address(right) + Right::lane_by_rows(lane);
+    clear(S);
+#pragma unroll
+    for (int d = 0; d < Left::kCols / 16; ++d) {  // S^T += K[:, d] Q[:, d]^T
+        LeftFragments<kM, 1> fragments;
+        fragments.template load_column<Left>(a, d, 0);
+        multiply_transposed<E, Right>(S, fragments.value[0], b, d);
+    }
+}
+
+// dV += P^T dO or dK += dS^T Q: the columns of a chunk.
+template <Element E, class Right, int kM, int kN, int kColumns>
+__device__ __forceinline__ void multiply_sums(float (&sums)[kM][kColumns][4], const float (&S)[kM][kN][4],
+                                              const u16* right, int chunk) {
+    const u32 b = ptx::shared_address(right) + Right::lane_by_columns(ptx::thread_index() % 32) + chunk * (16 * kColumns);
+#pragma unroll
+    for (int n = 0; n < kN / 2; ++n) {  // dV += P^T[:, n] dO[n, :]
+        u32 left[kM][4];
+        as_left<E>(left, S, n);
+        multiply<E, Right>(sums, left, b, n);
+    }
+}
+
 // The query tile that a block visits: of one head after the other, from the last tile to the first.
 struct Visit {
     int head = 0;  // within the group
@@ -114,32 +142,6 @@ __device__ __forceinline__ void backward(const BackwardParams& params) {
     clear(dK);
     clear(dV);
 
-    // S^T = K Q^T or dP^T = V dO^T: rows of both operands over their whole depth.
-    const auto multiply_rows = [&]<class Left, class Right>(float(&S)[kM][2 * kN][4], const u16* left, const u16* right,
-                                                            Left, Right) {
-        const int thread = ptx::thread_index(), lane = thread % 32, row = thread / 32 * 16 * kM;
-        const u32 a = ptx::shared_address(left) + row * Left::kPitch + Left::lane_by_columns(lane);
-        const u32 b = ptx::shared_address(right) + Right::lane_by_rows(lane);
-        clear(S);
-#pragma unroll
-        for (int d = 0; d < Left::kCols / 16; ++d) {  // S^T += K[:, d] Q[:, d]^T
-            LeftFragments<kM, 1> fragments;
-            fragments.template load_column<Left>(a, d, 0);
-            multiply_transposed<C.dtype, Right>(S, fragments.value[0], b, d);
-        }
-    };
-    // dV += P^T dO or dK += dS^T Q: the columns of this block's chunk.
-    const auto multiply_sums = [&]<class Right, int kColumns>(float(&sums)[kM][kColumns][4], const float(&S)[kM][2 * kN][4],
-                                                              const u16* right, Right) {
-        const u32 b = ptx::shared_address(right) + Right::lane_by_columns(ptx::thread_index() % 32) +
-                      work.chunk * (16 * kColumns);
-#pragma unroll
-        for (int n = 0; n < kN; ++n) {  // dV += P^T[:, n] dO[n, :]
-            u32 left[kM][4];
-            as_left<C.dtype>(left, S, n);
-            multiply<C.dtype, Right>(sums, left, b, n);
-        }
-    };
     // The warp's rows of dS^T, in 16 bits.
     const auto store_ds = [&](const float(&dS)[kM][2 * kN][4]) {
         const int thread = ptx::thread_index(), lane = thread % 32, row = thread / 32 * 16 * kM;
@@ -207,19 +209,19 @@ __device__ __forceinline__ void backward(const BackwardParams& params) {
         const int first_query = tiles.tile(visit.position) * C.block_m;
         float S[kM][2 * kN][4];
         SlopeOfCap slope;
-        multiply_rows(S, shared.k, shared.q[stage], typename Tiles::K(), typename Tiles::Q());  // S^T = K Q^T
+        multiply_rows<C.dtype, typename Tiles::K, typename Tiles::Q>(S, shared.k, shared.q[stage]);  // S^T = K Q^T
         const ScoreRule<C, BackwardParams, true> rule(params, work, work.kv_head * params.group + visit.head, tiles.queries,
                                                       work.key_begin + row + lane / 4, 2 * (lane % 4));
         rule.apply(S, slope, first_query, tiles.cut(first_query, min(first_query + C.block_m, work.len_q)));
         exponentiate(S, shared.lse[stage] + 2 * (lane % 4), rule.multiplier());  // P^T = 2^(S^T - lse)
-        if (has_dv) multiply_sums(dV, S, shared.d_o[stage], typename Tiles::O());  // dV += P^T dO
+        if (has_dv) multiply_sums<C.dtype, typename Tiles::O>(dV, S, shared.d_o[stage], work.chunk);  // dV += P^T dO
 
         float dS[kM][2 * kN][4];
-        multiply_rows(dS, shared.v, shared.d_o[stage], typename Tiles::V(), typename Tiles::O());  // dP^T = V dO^T
+        multiply_rows<C.dtype, typename Tiles::V, typename Tiles::O>(dS, shared.v, shared.d_o[stage]);  // dP^T = V dO^T
         differentiate(dS, S, slope, shared.delta[stage] + 2 * (lane % 4));  // dS^T = P^T (dP^T - delta)
         if (has_dk) {
             store_ds(dS);
-            multiply_sums(dK, dS, shared.q[stage], typename Tiles::Q());  // dK += dS^T Q
+            multiply_sums<C.dtype, typename Tiles::Q>(dK, dS, shared.q[stage], work.chunk);  // dK += dS^T Q
         }
     };
 
