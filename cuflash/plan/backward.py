@@ -39,7 +39,7 @@ def plan_backward(
     config = BackwardConfig(
         dtype=problem.dtype, bias_dtype=problem.bias_dtype or "none", head_dim=problem.head_dim,
         head_dim_v=problem.head_dim_v, block_m=64, block_n=128, block_d=round_up(problem.head_dim, 16),
-        block_dv=round_up(problem.head_dim_v, 16), num_warps=8, num_stages=2, load_bytes=load_bytes,
+        block_dv=round_up(problem.head_dim_v, 16), num_warps=8, key_warps=8, num_stages=2, load_bytes=load_bytes,
         store_bytes=store_bytes, windowed=problem.windowed, softcapped=problem.softcap != 0, varlen=problem.varlen,
         deterministic=True,
     )  # fmt: skip

@@ -24,6 +24,15 @@ def dq_tile_floats(config: BackwardConfig) -> int:
 
 def backward_shared_bytes(config: BackwardConfig) -> int:
     """Dynamic shared memory of a block: `sizeof(BackwardShared)` of the kernel."""
+    shares = config.num_warps // config.key_warps
     depth = round_up(config.head_dim, 16) + round_up(config.head_dim_v, 16)
-    tiles = (config.block_n + config.num_stages * config.block_m) * depth + config.block_n * config.block_m
+    inputs = (config.block_n + config.num_stages * config.block_m) * depth
+    columns = sum(  # of one share of dk and dv
+        round_up(min(block, round_up(head_dim, 16)), 16 * shares) // shares
+        for block, head_dim in ((config.block_d, config.head_dim), (config.block_dv, config.head_dim_v))
+    )
+    outputs = shares * config.block_n * columns
+    scores = config.block_n * config.block_m
+    exchanged = scores if shares > 1 else 8  # P, beside dS
+    tiles = max(inputs, outputs) + scores + exchanged
     return 2 * tiles + 2 * config.num_stages * config.block_m * FLOAT + BLOCK_FACTS

@@ -96,6 +96,7 @@ class BackwardConfig:
     block_d: int
     block_dv: int
     num_warps: int
+    key_warps: int  # of them, side by side along the keys; the others share the queries of scores, the columns of sums
     num_stages: int  # query tiles in flight
     load_bytes: int  # widest access every row of q, k, v, out and its cotangent is aligned to: 16, 8, 4 or 2
     store_bytes: int  # the same for dq, dk and dv
@@ -117,11 +118,21 @@ class BackwardConfig:
         require(1 <= self.head_dim_v <= 512, "head_dim_v", "1 to 512")
         require(self.num_warps in (1, 2, 4, 8), "num_warps", "1, 2, 4 or 8")
         require(
-            self.block_n > 0 and self.block_n % (16 * self.num_warps) == 0,
-            "block_n",
-            f"a multiple of 16 * num_warps = {16 * self.num_warps}",
+            self.key_warps in (1, 2, 4, 8) and self.num_warps % self.key_warps == 0,
+            "key_warps",
+            f"1, 2, 4 or 8 and divide num_warps = {self.num_warps}",
         )
-        require(self.block_m in (16, 32, 64, 128), "block_m", "16, 32, 64 or 128")
+        require(
+            self.block_n > 0 and self.block_n % (16 * self.key_warps) == 0,
+            "block_n",
+            f"a multiple of 16 * key_warps = {16 * self.key_warps}",
+        )
+        least = 16 * self.num_warps // self.key_warps
+        require(
+            self.block_m in (16, 32, 64, 128) and self.block_m >= least,
+            "block_m",
+            f"16, 32, 64 or 128, and at least 16 for each of the warps that share it: {least}",
+        )
         for field, head_dim in (("block_d", self.head_dim), ("block_dv", self.head_dim_v)):
             block = getattr(self, field)
             require(

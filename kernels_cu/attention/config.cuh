@@ -35,6 +35,7 @@ struct BackwardConfig {
     int block_d;   // columns of dq and dk of a block, and
     int block_dv;  // of dv: all of them or a multiple of 64
     int num_warps;
+    int key_warps;    // of the warps, side by side along the keys; the others share queries, then columns
     int num_stages;   // 2: the next query tile arrives under the products of this one
     int load_bytes;   // widest access that every row of q, k, v, o and do is aligned to
     int store_bytes;  // the same for dq, dk and dv

@@ -15,25 +15,44 @@
 
 namespace cuflash {
 
+// How the tiles of a block lie in shared memory, and how its warps share them: along the keys, and where there are more,
+// along the queries of S and dP and along the columns of dK and dV.
 template <BackwardConfig C>
 struct BackwardTiles {
     static constexpr int kD = ceil_div(C.head_dim, 16), kDv = ceil_div(C.head_dim_v, 16);
+    static constexpr int kShares = C.num_warps / C.key_warps;
+    static constexpr bool kExchange = kShares > 1;              // dK and dV need what other warps know of P and dS
+    static constexpr int kM = C.block_n / (16 * C.key_warps);   // 16-key blocks of a warp
+    static constexpr int kN = C.block_m / (16 * kShares);       // 16-query blocks of its scores
+    static constexpr int kBlocks = ceil_div(lesser(C.block_d, 16 * kD) / 16, kShares);     // 16-column blocks of its dK
+    static constexpr int kBlocksV = ceil_div(lesser(C.block_dv, 16 * kDv) / 16, kShares);  // and of its dV
     using Q = SharedTile<C.block_m, 16 * kD>;
     using K = SharedTile<C.block_n, 16 * kD>;
     using V = SharedTile<C.block_n, 16 * kDv>;
     using O = SharedTile<C.block_m, 16 * kDv>;
     using S = SharedTile<C.block_n, C.block_m>;  // keys by queries
+    using Dk = SharedTile<C.block_n, 16 * kBlocks>;
+    using Dv = SharedTile<C.block_n, 16 * kBlocksV>;
 };
 
-// Shared memory of a block. dK and dV are staged where K and V lay.
+// Shared memory of a block. dK and dV are staged where their inputs lay.
 template <BackwardConfig C>
 struct BackwardShared {
     using Tiles = BackwardTiles<C>;
-    u16 k[C.block_n * Tiles::K::kCols];
-    u16 v[C.block_n * Tiles::V::kCols];
-    u16 q[C.num_stages][C.block_m * Tiles::Q::kCols];
-    u16 d_o[C.num_stages][C.block_m * Tiles::O::kCols];
-    u16 ds[C.block_n * C.block_m];  // dS^T
+    union {
+        struct {
+            u16 k[C.block_n * Tiles::K::kCols];
+            u16 v[C.block_n * Tiles::V::kCols];
+            u16 q[C.num_stages][C.block_m * Tiles::Q::kCols];
+            u16 d_o[C.num_stages][C.block_m * Tiles::O::kCols];
+        };
+        struct {
+            u16 dk[Tiles::kShares][C.block_n * Tiles::Dk::kCols];
+            u16 dv[Tiles::kShares][C.block_n * Tiles::Dv::kCols];
+        };
+    };
+    u16 ds[C.block_n * C.block_m];                              // dS^T
+    u16 p[Tiles::kExchange ? C.block_n * C.block_m : 8];        // P^T
     float lse[C.num_stages][C.block_m];  // base 2
     float delta[C.num_stages][C.block_m];
     KeyWork work;
@@ -52,32 +71,86 @@ __device__ __forceinline__ void locate(BackwardShared<C>& shared, const Backward
     shared.values = row_at(params.v, params.v_strides, work.batch_entry, work.k_start, work.kv_head);
 }
 
-// S^T = K Q^T or dP^T = V dO^T: the warp's rows of a left tile with all rows of a right one, over their whole depth.
-template <Element E, class Left, class Right, int kM, int kN>
+// Where the calling thread stands in its block. Made anew by each part of the kernel that needs it, not held throughout.
+template <BackwardConfig C>
+struct KeyPlace {
+    int thread = ptx::thread_index();
+    int lane = thread % 32;
+    int share = thread / 32 / C.key_warps;
+    int key = thread / 32 % C.key_warps * (16 * BackwardTiles<C>::kM);  // its warp's first, in the key tile
+    int query = share * (16 * BackwardTiles<C>::kN);                    // the first of its scores, in the query tile
+};
+
+// S^T = K Q^T or dP^T = V dO^T: the warp's keys by its queries, over the whole depth.
+template <BackwardConfig C, class Left, class Right, int kM, int kN>
 __device__ __forceinline__ void multiply_rows(float (&S)[kM][kN][4], const u16* left, const u16* right) {
-    const int thread = ptx::thread_index(), lane = thread % 32, row = thread / 32 * 16 * kM;
-    const u32 a = ptx::shared_address(left) + row * Left::kPitch + Left::lane_by_columns(lane);
-    const u32 b = ptx::shared_address(right) + Right::lane_by_rows(lane);
+    const KeyPlace<C> here;
+    const u32 a = ptx::shared_address(left) + here.key * Left::kPitch + Left::lane_by_columns(here.lane);
+    const u32 b = ptx::shared_address(right) + here.query * Right::kPitch + Right::lane_by_rows(here.lane);
     clear(S);
 #pragma unroll
     for (int d = 0; d < Left::kCols / 16; ++d) {  // S^T += K[:, d] Q[:, d]^T
         LeftFragments<kM, 1> fragments;
         fragments.template load_column<Left>(a, d, 0);
-        multiply_transposed<E, Right>(S, fragments.value[0], b, d);
+        multiply_transposed<C.dtype, Right>(S, fragments.value[0], b, d);
     }
 }
 
-// dV += P^T dO or dK += dS^T Q: the columns of a chunk.
-template <Element E, class Right, int kM, int kN, int kColumns>
+// dV += P^T dO or dK += dS^T Q, P or dS in registers: the columns of a chunk.
+template <BackwardConfig C, class Right, int kM, int kN, int kColumns>
 __device__ __forceinline__ void multiply_sums(float (&sums)[kM][kColumns][4], const float (&S)[kM][kN][4],
                                               const u16* right, int chunk) {
     const u32 b = ptx::shared_address(right) + Right::lane_by_columns(ptx::thread_index() % 32) + chunk * (16 * kColumns);
 #pragma unroll
     for (int n = 0; n < kN / 2; ++n) {  // dV += P^T[:, n] dO[n, :]
         u32 left[kM][4];
-        as_left<E>(left, S, n);
-        multiply<E, Right>(sums, left, b, n);
+        as_left<C.dtype>(left, S, n);
+        multiply<C.dtype, Right>(sums, left, b, n);
     }
+}
+
+// This lane's address, by columns, of the 16x16 blocks first_block, ... of a tile's first 16 rows; none past `blocks`.
+template <class Tile, int kBlocks>
+__device__ __forceinline__ void column_addresses(u32 (&addresses)[kBlocks], const u16* tile, int first_block, int blocks,
+                                                 int lane) {
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+        addresses[n] = ptx::shared_address(tile) + Tile::offset(lane % 16, 2 * min(first_block + n, blocks - 1) + lane / 16);
+    }
+}
+
+// The same with P or dS in shared memory: the warp's share of the columns of a chunk.
+template <BackwardConfig C, class Right, int kM, int kColumns>
+__device__ __forceinline__ void multiply_shared(float (&sums)[kM][kColumns][4], const u16* S, const u16* right,
+                                                int chunk_block) {
+    using Scores = typename BackwardTiles<C>::S;
+    const KeyPlace<C> here;
+    const u32 a = ptx::shared_address(S) + here.key * Scores::kPitch + Scores::lane_by_columns(here.lane);
+    u32 columns[kColumns / 2];
+    column_addresses<Right>(columns, right, chunk_block + here.share * (kColumns / 2), Right::kCols / 16, here.lane);
+#pragma unroll
+    for (int n = 0; n < C.block_m / 16; ++n) {  // dV += P^T[:, n] dO[n, :]
+        LeftFragments<kM, 1> fragments;
+        fragments.template load_column<Scores>(a, n, 0);
+        multiply_blocks<C.dtype>(sums, fragments.value[0], columns, 16 * n * Right::kPitch);
+    }
+}
+
+// The warp's part of P^T or dS^T, in 16 bits.
+template <BackwardConfig C, int kM, int kN>
+__device__ __forceinline__ void store_scores(const float (&S)[kM][kN][4], u16* to) {
+    using Scores = typename BackwardTiles<C>::S;
+    const KeyPlace<C> here;
+    const u32 first = ptx::shared_address(to) + Scores::offset(here.key + here.lane / 4, here.query / 8) +
+                      4 * (here.lane % 4);
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int n = 0; n < kN; ++n)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                ptx::store_shared(Scores::step(first, 16 * m + 8 * h, n), pack<C.dtype>(S[m][n][2 * h], S[m][n][2 * h + 1]));
+            }
 }
 
 // The query tile that a block visits: of one head after the other, from the last tile to the first.
@@ -98,10 +171,8 @@ __device__ __forceinline__ void backward(const BackwardParams& params) {
     using Tiles = BackwardTiles<C>;
     using Query = QueryGradient<C>;
     constexpr int kThreads = 32 * C.num_warps, kStages = C.num_stages;
-    constexpr int kM = C.block_n / (16 * C.num_warps);  // 16-key blocks of a warp
-    constexpr int kN = C.block_m / 16;
+    constexpr int kM = Tiles::kM, kN = Tiles::kN;
     constexpr int kChunks = greater(ceil_div(C.head_dim, C.block_d), ceil_div(C.head_dim_v, C.block_dv));
-    constexpr int kBlockD = lesser(C.block_d, 16 * Tiles::kD), kBlockDv = lesser(C.block_dv, 16 * Tiles::kDv);
     using SlopeOfCap = Conditional<C.softcapped, Slope<kM, 2 * kN>, NoSlope>;
     using QLoader = TileLoader<typename Tiles::Q, kThreads, C.load_bytes, C.head_dim % 16 != 0>;
     using KLoader = TileLoader<typename Tiles::K, kThreads, C.load_bytes, C.head_dim % 16 != 0>;
@@ -137,36 +208,19 @@ __device__ __forceinline__ void backward(const BackwardParams& params) {
         }
     };
 
-    float dK[kM][kBlockD / 8][4];    // dS^T Q summed over the tiles so far
-    float dV[kM][kBlockDv / 8][4];  // P^T dO
+    float dK[kM][2 * Tiles::kBlocks][4];   // dS^T Q summed over the tiles so far
+    float dV[kM][2 * Tiles::kBlocksV][4];  // P^T dO
     clear(dK);
     clear(dV);
 
-    // The warp's rows of dS^T, in 16 bits.
-    const auto store_ds = [&](const float(&dS)[kM][2 * kN][4]) {
-        const int thread = ptx::thread_index(), lane = thread % 32, row = thread / 32 * 16 * kM;
-        const u32 ds = ptx::shared_address(shared.ds) + Tiles::S::offset(row + lane / 4, 0) + 4 * (lane % 4);
-#pragma unroll
-        for (int m = 0; m < kM; ++m)
-#pragma unroll
-            for (int n = 0; n < 2 * kN; ++n)
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    ptx::store_shared(Tiles::S::step(ds, 16 * m + 8 * h, n),
-                                      pack<C.dtype>(dS[m][n][2 * h], dS[m][n][2 * h + 1]));
-                }
-    };
     // dQ = dS K, added to the tile's sums in memory.
     const auto add_dq = [&](Visit visit) {
         const int thread = ptx::thread_index(), lane = thread % 32, warp = thread / 32;
         const int column = Query::first_column_block(warp);
         if (Query::kIdleWarps && column >= Query::kColumnBlocks) return;
-        u32 columns[Query::kN];  // this lane's address of each 16x16 block of K's first 16 keys
-#pragma unroll
-        for (int n = 0; n < Query::kN; ++n) {
-            const int chunk = 2 * min(column + n, Query::kColumnBlocks - 1) + lane / 16;
-            columns[n] = ptx::shared_address(shared.k) + work.chunk * (2 * kBlockD) + Tiles::K::offset(lane % 16, chunk);
-        }
+        u32 columns[Query::kN];
+        column_addresses<typename Tiles::K>(columns, shared.k, work.chunk * (C.block_d / 16) + column,
+                                            work.chunk * (C.block_d / 16) + Query::kColumnBlocks, lane);
         const u32 ds = Tiles::S::block(ptx::shared_address(shared.ds) + Tiles::S::lane_by_rows(lane), 0,
                                        Query::first_row_block(warp));
         float dQ[Query::kM][2 * Query::kN][4];
@@ -194,34 +248,30 @@ __device__ __forceinline__ void backward(const BackwardParams& params) {
         return params.turns + query_tile_index(params, work.batch_entry, head, slot) * Query::kChunks + work.chunk;
     };
     const auto turn = [&](Visit visit) { return turn_of<C>(params, work, tiles.tile(visit.position) * C.block_m); };
-    const auto await_turn = [&](Visit visit) {
-        if (!C.deterministic || !has_dk || ptx::thread_index() != 0) return;
-        while (ptx::load_acquire(turns(visit)) != turn(visit)) {}
-    };
-    const auto pass_turn = [&](Visit visit) {
-        if (!C.deterministic || !has_dk || ptx::thread_index() != 0) return;
-        ptx::store_release(turns(visit), turn(visit) + 1);
-    };
+    const bool takes_turns = C.deterministic && has_dk && ptx::thread_index() == 0;
 
-    // One tile of queries.
+    // P^T and dS^T of one tile of queries, and what of dV and dK a warp computes from its own.
     const auto visit_tile = [&](Visit visit, int stage) {
-        const int thread = ptx::thread_index(), lane = thread % 32, row = thread / 32 * 16 * kM;
+        const KeyPlace<C> here;
         const int first_query = tiles.tile(visit.position) * C.block_m;
+        const int column = here.query + 2 * (here.lane % 4);
         float S[kM][2 * kN][4];
         SlopeOfCap slope;
-        multiply_rows<C.dtype, typename Tiles::K, typename Tiles::Q>(S, shared.k, shared.q[stage]);  // S^T = K Q^T
+        multiply_rows<C, typename Tiles::K, typename Tiles::Q>(S, shared.k, shared.q[stage]);  // S^T = K Q^T
         const ScoreRule<C, BackwardParams, true> rule(params, work, work.kv_head * params.group + visit.head, tiles.queries,
-                                                      work.key_begin + row + lane / 4, 2 * (lane % 4));
+                                                      work.key_begin + here.key + here.lane / 4, column);
         rule.apply(S, slope, first_query, tiles.cut(first_query, min(first_query + C.block_m, work.len_q)));
-        exponentiate(S, shared.lse[stage] + 2 * (lane % 4), rule.multiplier());  // P^T = 2^(S^T - lse)
-        if (has_dv) multiply_sums<C.dtype, typename Tiles::O>(dV, S, shared.d_o[stage], work.chunk);  // dV += P^T dO
+        exponentiate(S, shared.lse[stage] + column, rule.multiplier());  // P^T = 2^(S^T - lse)
+        if constexpr (Tiles::kExchange) store_scores<C>(S, shared.p);
+        else if (has_dv) multiply_sums<C, typename Tiles::O>(dV, S, shared.d_o[stage], work.chunk);  // dV += P^T dO
 
         float dS[kM][2 * kN][4];
-        multiply_rows<C.dtype, typename Tiles::V, typename Tiles::O>(dS, shared.v, shared.d_o[stage]);  // dP^T = V dO^T
-        differentiate(dS, S, slope, shared.delta[stage] + 2 * (lane % 4));  // dS^T = P^T (dP^T - delta)
-        if (has_dk) {
-            store_ds(dS);
-            multiply_sums<C.dtype, typename Tiles::Q>(dK, dS, shared.q[stage], work.chunk);  // dK += dS^T Q
+        multiply_rows<C, typename Tiles::V, typename Tiles::O>(dS, shared.v, shared.d_o[stage]);  // dP^T = V dO^T
+        differentiate(dS, S, slope, shared.delta[stage] + column);  // dS^T = P^T (dP^T - delta)
+        if (!has_dk) return;
+        store_scores<C>(dS, shared.ds);
+        if constexpr (!Tiles::kExchange) {
+            multiply_sums<C, typename Tiles::Q>(dK, dS, shared.q[stage], work.chunk);  // dK += dS^T Q
         }
     };
 
@@ -239,38 +289,55 @@ __device__ __forceinline__ void backward(const BackwardParams& params) {
     for (int stage = 0; tiles.count > 0 && visit.head < params.group; stage ^= kStages - 1) {
         const Visit next = visit.after(tiles.count);
         ptx::cp_async_wait<0>();  // this thread's share of the query tile has landed
-        __syncthreads();          // everyone's has; everyone is done with the tile before, its dS, and has added its dQ
-        if (visit.head + visit.position > 0) pass_turn(visit.before(tiles.count));
+        __syncthreads();          // everyone's has; everyone is done with the tile before and has added its dQ
         if (kStages == 2 && next.head < params.group) load_queries(next, stage ^ 1);
         ptx::cp_async_commit();
         visit_tile(visit, stage);
-        await_turn(visit);
-        __syncthreads();  // dS is written; everyone is done with Q and dO; this block may add to dQ
-        if (kStages == 1 && next.head < params.group) load_queries(next, 0);
-        ptx::cp_async_commit();
+        if (takes_turns) {
+            if (visit.head + visit.position > 0) {
+                const Visit last = visit.before(tiles.count);
+                ptx::store_release(turns(last), turn(last) + 1);
+            }
+            while (ptx::load_acquire(turns(visit)) != turn(visit)) {}
+        }
+        __syncthreads();  // P and dS are written; this block may add to dQ; of warps that exchange nothing, Q and dO are free
+        if (!Tiles::kExchange && kStages == 1 && next.head < params.group) load_queries(next, 0);
+        if constexpr (Tiles::kExchange) {
+            if (has_dv) {  // dV += P^T dO
+                multiply_shared<C, typename Tiles::O>(dV, shared.p, shared.d_o[stage], work.chunk * (C.block_dv / 16));
+            }
+            if (has_dk) {  // dK += dS^T Q
+                multiply_shared<C, typename Tiles::Q>(dK, shared.ds, shared.q[stage], work.chunk * (C.block_d / 16));
+            }
+        }
         if (has_dk) add_dq(visit);
+        if (Tiles::kExchange && kStages == 1 && next.head < params.group) {
+            __syncthreads();  // everyone is done with Q and dO
+            load_queries(next, 0);
+        }
+        ptx::cp_async_commit();
         visit = next;
     }
-    __syncthreads();  // everyone is done with K and V, whose places dK and dV take, and has added the last dQ
-    if (tiles.count > 0) pass_turn(visit.before(tiles.count));
+    __syncthreads();  // everyone is done with the inputs, whose places dK and dV take, and has added the last dQ
+    if (takes_turns && tiles.count > 0) {
+        const Visit last = visit.before(tiles.count);
+        ptx::store_release(turns(last), turn(last) + 1);
+    }
 
-    const int thread = ptx::thread_index(), lane = thread % 32, row = thread / 32 * 16 * kM;
+    const KeyPlace<C> here;
     const int token = work.k_start + work.key_begin;
     if (has_dk) {
-#pragma unroll
-        for (int m = 0; m < kM; ++m)
-#pragma unroll
-            for (int n = 0; n < kBlockD / 8; ++n)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) dK[m][n][e] *= params.scale;
+        scale_by(dK, params.scale);
         u16* dk = row_at(params.dk, params.dk_strides, work.batch_entry, token, work.kv_head);
-        store_rows<C.dtype, SharedTile<C.block_n, kBlockD>, C.head_dim, C.store_bytes>(
-            dK, dk, params.dk_strides[1], work.rows, work.chunk * kBlockD, ptx::shared_address(shared.k), row, lane);
+        store_rows<C.dtype, typename Tiles::Dk, C.head_dim, C.store_bytes>(
+            dK, dk, params.dk_strides[1], work.rows, work.chunk * C.block_d + here.share * Tiles::Dk::kCols,
+            ptx::shared_address(shared.dk[here.share]), here.key, here.lane);
     }
     if (has_dv) {
         u16* dv = row_at(params.dv, params.dv_strides, work.batch_entry, token, work.kv_head);
-        store_rows<C.dtype, SharedTile<C.block_n, kBlockDv>, C.head_dim_v, C.store_bytes>(
-            dV, dv, params.dv_strides[1], work.rows, work.chunk * kBlockDv, ptx::shared_address(shared.v), row, lane);
+        store_rows<C.dtype, typename Tiles::Dv, C.head_dim_v, C.store_bytes>(
+            dV, dv, params.dv_strides[1], work.rows, work.chunk * C.block_dv + here.share * Tiles::Dv::kCols,
+            ptx::shared_address(shared.dv[here.share]), here.key, here.lane);
     }
 }
 

@@ -28,9 +28,8 @@ __device__ __forceinline__ void finish(const BackwardParams& params) {
 #pragma unroll
         for (int n = 0; n < 2 * Query::kN; ++n) {
             Query::load(dQ[m][n], sums, warp, lane, m, n);
-#pragma unroll
-            for (int e = 0; e < 4; ++e) dQ[m][n][e] *= params.scale;
         }
+    scale_by(dQ, params.scale);
     u16* dq = row_at(params.dq, params.dq_strides, work.batch_entry, work.q_start + work.row_begin, work.head);
     store_rows<C.dtype, Tile, C.head_dim, C.store_bytes>(
         dQ, dq, params.dq_strides[1], min(C.block_m, work.len_q - work.row_begin), chunk * C.block_d + 16 * column,

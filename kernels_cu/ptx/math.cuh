@@ -52,6 +52,13 @@ __device__ __forceinline__ float cvt_f32_bf16(u16 bits) {
     return value;
 }
 
+// The 11 significant bits of TF32, rounded to nearest with ties away from zero.
+__device__ __forceinline__ u32 cvt_rna_tf32(u32 bits) {
+    u32 rounded;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(bits)));
+    return rounded;
+}
+
 // Index of the thread in its block, read anew at every call: what derives from it is not held in registers from one use
 // to the next.
 __device__ __forceinline__ int thread_index() {
@@ -66,6 +73,13 @@ __device__ __forceinline__ float shfl_bfly(float x) {
     float y;
     asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 0x1f, 0xffffffff;" : "=f"(y) : "f"(x), "n"(kMask));
     return y;
+}
+
+template <int kMask>
+__device__ __forceinline__ double shfl_bfly(double x) {
+    const float low = shfl_bfly<kMask>(__int_as_float(__double2loint(x)));
+    const float high = shfl_bfly<kMask>(__int_as_float(__double2hiint(x)));
+    return __hiloint2double(__float_as_int(high), __float_as_int(low));
 }
 
 // Whether `predicate` holds in any lane of the warp.
@@ -83,6 +97,12 @@ __device__ __forceinline__ float shfl_idx(float x, int source) {
     float y;
     asm volatile("shfl.sync.idx.b32 %0, %1, %2, 0x1f, 0xffffffff;" : "=f"(y) : "f"(x), "r"(source));
     return y;
+}
+
+__device__ __forceinline__ double shfl_idx(double x, int source) {
+    const float low = shfl_idx(__int_as_float(__double2loint(x)), source);
+    const float high = shfl_idx(__int_as_float(__double2hiint(x)), source);
+    return __hiloint2double(__float_as_int(high), __float_as_int(low));
 }
 
 }  // namespace cuflash::ptx

@@ -32,10 +32,10 @@ struct LeftFragments {
     }
 };
 
-// One step in the shared dimension: sums [16 kM][kRows of B] += a [16 kM][16] B[:, 16k : 16k + 16]^T.
+// One step in the shared dimension: sums [16 kM][8 kN] += a [16 kM][16] B[first 8 kN rows, 16k : 16k + 16]^T.
 template <Element E, class TileB, int kM, int kN>
 __device__ __forceinline__ void multiply_transposed(float (&sums)[kM][kN][4], const u32 (&a)[kM][4], u32 b, int k) {
-    static_assert(8 * kN == TileB::kRows);
+    static_assert(8 * kN <= TileB::kRows);
 #pragma unroll
     for (int n = 0; n < kN / 2; ++n) {
         u32 block[4];  // B[16n : 16n + 16][16k : 16k + 16]
@@ -102,6 +102,16 @@ __device__ __forceinline__ void clear(float (&sums)[kM][kN][4]) {
         for (int n = 0; n < kN; ++n)
 #pragma unroll
             for (int e = 0; e < 4; ++e) sums[m][n][e] = 0.0f;
+}
+
+template <int kM, int kN>
+__device__ __forceinline__ void scale_by(float (&sums)[kM][kN][4], float factor) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int n = 0; n < kN; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sums[m][n][e] *= factor;
 }
 
 // Reductions over the four lanes that hold a row of a register tile.
