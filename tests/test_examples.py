@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import matplotlib.image
 import numpy as np
@@ -30,6 +30,14 @@ def run_example(name: str, folder: Path, *arguments: str) -> subprocess.Complete
         text=True,
         timeout=120,
     )
+
+
+def load_example(name: str) -> ModuleType:
+    """The module, without running it."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / "examples" / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def printed(result: subprocess.CompletedProcess[str], label: str) -> float:
@@ -71,9 +79,7 @@ def test_denoising_takes_a_file(tmp_path: Path) -> None:
 
 def test_denoising_in_float16_on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the example does on a GPU, on an emulated one: a host stands in for CuPy's memory."""
-    spec = importlib.util.spec_from_file_location("denoise_photo", ROOT / "examples" / "01_denoise_photo.py")
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+    example = load_example("01_denoise_photo.py")
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(asarray=np.asarray, asnumpy=np.asarray))
     clean = example.load_picture("chelsea", crop=24)
     noisy = clean + np.random.default_rng(0).normal(0, 0.1, clean.shape).astype(np.float32)
@@ -109,5 +115,45 @@ def test_kernel_regression(tmp_path: Path) -> None:
     check_picture(tmp_path / "regression.png", panels=3)
 
 
+def test_a_language_model_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # tests run side by side
+    result = run_example("03_train_language_model.py", tmp_path, "--device", "cpu", "--steps", "30")
+    assert printed(result, "  the model") < printed(result, "  frequencies of characters") - 0.2
+    assert re.search(r"\n\nThe (.|\n){400,}\n\nwrote loss.png and language_model.npz\n", result.stdout)
+    with np.load(tmp_path / "language_model.npz") as weights:
+        assert weights["head"].shape[1] == len(str(weights["vocabulary"]))
+        assert all(np.isfinite(weights[name]).all() for name in weights if name != "vocabulary")
+    picture = matplotlib.image.imread(tmp_path / "loss.png")[..., :3]
+    assert picture.shape[1] > 1.5 * picture.shape[0]
+    assert picture.std() > 0.05
+
+
+def test_gradients_of_the_language_model() -> None:
+    """Along a random direction of each parameter, against finite differences."""
+    model = load_example("03_train_language_model.py")
+    rng = np.random.default_rng(0)
+    parameters = {n: p + 0.1 * rng.standard_normal(p.shape) for n, p in model.initial_parameters(11).items()}
+    tokens, targets = rng.integers(11, size=(2, 2, 8))
+
+    def loss(name: str, change: np.ndarray) -> float:
+        logits, _ = model.gpt(parameters | {name: parameters[name] + change}, tokens)
+        return model.cross_entropy(logits, targets)[0]
+
+    logits, pullback = model.gpt(parameters, tokens)
+    _, gradients = pullback(model.cross_entropy(logits, targets)[1])
+    assert set(gradients) == set(parameters)
+    for name, gradient in gradients.items():
+        change = 1e-5 * rng.standard_normal(gradient.shape)
+        difference = (loss(name, change) - loss(name, -change)) / 2
+        np.testing.assert_allclose((gradient * change).sum(), difference, rtol=1e-5, atol=1e-11, err_msg=name)
+
+
+def test_language_model_refuses(tmp_path: Path) -> None:
+    result = run_example("03_train_language_model.py", tmp_path, "--steps", "0")
+    assert result.returncode == 2
+    assert "--steps 0: must be at least 1" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_example_is_run_here() -> None:
-    assert EXAMPLES == ["01_denoise_photo.py", "02_kernel_regression.py"]
+    assert EXAMPLES == ["01_denoise_photo.py", "02_kernel_regression.py", "03_train_language_model.py"]
