@@ -23,12 +23,19 @@ class Tolerance(NamedTuple):
 
     out_ulps: float
     lse_ulps: float
+    lse_ulps_per_dim: float = 0.0
+
+    def of_lse(self, head_dim: int) -> float:
+        return self.lse_ulps + self.lse_ulps_per_dim * head_dim
 
 
 TOLERANCES = {
-    # One rounding of the result; standard attention may happen to be exact where a tiled sum is not (one key, say).
-    "float16": Tolerance(1.0, 16.0),
-    "bfloat16": Tolerance(1.0, 16.0),
+    # out: one rounding of the result; standard attention may be exact by chance where a tiled sum is not (one key, say).
+    # lse: a score is a chain of tensor core instructions of depth 16. Each cuts 16 products and their sum toward zero
+    # (docs/float32-on-tensor-cores.md): where all have one sign, 2.5 ulps of the sum so far in the mean, which over the
+    # chain, while the sum grows, come to 0.9 of the score's epsilon an instruction, measured 0.7.
+    "float16": Tolerance(1.0, 8.0, 1 / 16),
+    "bfloat16": Tolerance(1.0, 8.0, 1 / 16),
     # A sum of D products and N weights in another order, and exp within 2 ulp: a few units at test sizes.
     "float32": Tolerance(16.0, 16.0),
     "float64": Tolerance(16.0, 16.0),
@@ -63,14 +70,6 @@ def assert_within(name: str, got, want, standard, dtype, ulps: float, factor: fl
         )
 
 
-def assert_close(out, lse, want: oracle.Result, out_standard, lse_standard, dtype) -> None:
-    """`out` (and `lse` unless None) are as close to the oracle's as the table asks for inputs of `dtype`."""
-    tolerance = TOLERANCES[np.dtype(dtype).name]
-    assert_within("out", out, want.out, out_standard, dtype, tolerance.out_ulps)
-    if lse is not None:
-        assert_within("lse", lse, want.lse, lse_standard, lse_dtype(dtype), tolerance.lse_ulps)
-
-
 def assert_attention(out, lse, q, k, v, cu_seqlens=None, **keywords) -> None:
     """Holds a result against the oracle on the same inputs; `cu_seqlens` is (cu_seqlens_q, cu_seqlens_k) if packed."""
 
@@ -82,7 +81,10 @@ def assert_attention(out, lse, q, k, v, cu_seqlens=None, **keywords) -> None:
     want = run(oracle.attention)
     in_dtype = run(oracle.standard)
     in_lse_dtype = in_dtype if lse_dtype(q.dtype) == q.dtype else run(oracle.standard, dtype=lse_dtype(q.dtype))
-    assert_close(out, lse, want, in_dtype.out, in_lse_dtype.lse, q.dtype)
+    tolerance = TOLERANCES[np.dtype(q.dtype).name]
+    assert_within("out", out, want.out, in_dtype.out, q.dtype, tolerance.out_ulps)
+    if lse is not None:
+        assert_within("lse", lse, want.lse, in_lse_dtype.lse, lse_dtype(q.dtype), tolerance.of_lse(q.shape[-1]))
 
 
 def assert_gradients(got, want: oracle.Gradients, standard: oracle.Gradients, dtype, more_ulps: float = 0.0) -> None:

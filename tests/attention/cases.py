@@ -277,7 +277,7 @@ def hold_to_oracle(case: Case, inputs: Inputs, out: np.ndarray, lse: np.ndarray 
     if lse is not None:
         assert lse.dtype == lse_dtype
         in_lse_dtype = expected(case, inputs, oracle.standard, dtype=lse_dtype)
-        ulps = tolerances.TOLERANCES[case.dtype].lse_ulps
+        ulps = tolerances.TOLERANCES[case.dtype].of_lse(case.head_dim)
         tolerances.assert_within("lse", lse, want.lse, in_lse_dtype.lse, lse_dtype, ulps)
 
 
