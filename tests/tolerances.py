@@ -30,7 +30,8 @@ class Tolerance(NamedTuple):
 
 
 TOLERANCES = {
-    # out: one rounding of the result; standard attention may be exact by chance where a tiled sum is not (one key, say).
+    # out: one rounding of the result; standard attention may happen to be exact where a tiled sum is not (one key,
+    # say).
     # lse: a score is a chain of tensor core instructions of depth 16. Each cuts 16 products and their sum toward zero
     # (docs/float32-on-tensor-cores.md): where all have one sign, 2.5 ulps of the sum so far in the mean, which over the
     # chain, while the sum grows, come to 0.9 of the score's epsilon an instruction, measured 0.7.
