@@ -155,5 +155,75 @@ def test_language_model_refuses(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def differences(result: subprocess.CompletedProcess[str]) -> dict[str, list[float]]:
+    """The rows of the table of the frameworks."""
+    assert result.returncode == 0, result.stderr
+    rows = re.findall(r"^(torch|JAX|JAX, in jit) +((?:\d\S*\s*?){4})$", result.stdout, re.MULTILINE)
+    return {name: [float(number) for number in numbers.split()] for name, numbers in rows}
+
+
+def test_gradients_in_torch_and_jax(tmp_path: Path) -> None:
+    rows = differences(run_example("04_torch_and_jax.py", tmp_path))
+    assert list(rows) == ["torch", "JAX", "JAX, in jit"]
+    for numbers in rows.values():
+        assert len(numbers) == 4
+        assert 0 < max(numbers) < 1e-5
+
+
+@pytest.mark.parametrize(("absent", "left"), [("torch", ["JAX", "JAX, in jit"]), ("jax", ["torch"])])
+def test_one_framework_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, absent: str, left: list[str]) -> None:
+    (tmp_path / f"{absent}.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    result = run_example("04_torch_and_jax.py", tmp_path)
+    assert list(differences(result)) == left
+    assert f"\n{'JAX' if absent == 'jax' else absent} is not installed\n" in result.stdout
+
+
+def test_torch_adapter() -> None:
+    import torch
+
+    attention = load_example("04_torch_and_jax.py").torch_attention
+    shapes = (2, 5, 4, 3), (2, 6, 2, 3), (2, 6, 2, 2), (4, 1, 6)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, bias = (torch.randn(s, dtype=torch.float64, generator=generator, requires_grad=True) for s in shapes)
+    assert torch.autograd.gradcheck(lambda *x: attention(*x, causal=True, softcap=2.0), (q, k, v, bias))
+    assert torch.autograd.gradcheck(lambda *x: attention(*x, window=(2, 1)), (q, k, v))
+
+    compiled = torch.compile(lambda q: 3 * attention(q + 1, k, v), backend="aot_eager")
+    expected, *_ = torch.autograd.grad(3 * attention(q + 1, k, v).sum(), q)
+    torch.testing.assert_close(torch.autograd.grad(compiled(q).sum(), q)[0], expected)
+
+    for written in ("q", "out"):
+        moved = q + 1
+        out = attention(moved, k, v)
+        {"q": moved, "out": out}[written].detach().add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
+
+def test_jax_adapter() -> None:
+    import jax
+
+    attention = load_example("04_torch_and_jax.py").jax_attention
+    rng = np.random.default_rng(0)
+    shapes = (2, 5, 4, 3), (2, 6, 2, 3), (2, 6, 2, 2), (4, 1, 6)
+    q, k, v, bias = (jax.numpy.asarray(rng.standard_normal(shape), "float32") for shape in shapes)
+
+    def loss(*arrays: jax.Array) -> jax.Array:
+        return (attention(*arrays, window=(2, 1), softcap=2.0) ** 2).sum()
+
+    for arrays in ((q, k, v), (q, k, v, bias)):
+        gradient = jax.grad(loss, range(len(arrays)))
+        for eager, jitted in zip(gradient(*arrays), jax.jit(gradient)(*arrays), strict=True):
+            np.testing.assert_array_equal(eager, jitted)
+    mapped = jax.jit(jax.vmap(jax.grad(loss), in_axes=(0, 0, 0, None)))(q, k, v, bias)  # in sequences of their own
+    np.testing.assert_allclose(mapped, jax.grad(loss)(q, k, v, bias), rtol=1e-6)
+
+
 def test_every_example_is_run_here() -> None:
-    assert EXAMPLES == ["01_denoise_photo.py", "02_kernel_regression.py", "03_train_language_model.py"]
+    assert EXAMPLES == [
+        "01_denoise_photo.py",
+        "02_kernel_regression.py",
+        "03_train_language_model.py",
+        "04_torch_and_jax.py",
+    ]
