@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any
 
-from cuflash.errors import InvalidValueError
+from cuflash.errors import ConfigError, InvalidValueError
 from cuflash.options import Options
 from cuflash.plan.arch import Arch
-from cuflash.plan.backward_cost import backward_shared_bytes, column_chunks, dq_tile_floats
+from cuflash.plan.backward_cost import backward_shared_bytes, clocks_per_pair, column_chunks, dq_tile_floats, fits
 from cuflash.plan.config import BackwardConfig, FinishConfig, PrepareConfig, round_up
-from cuflash.plan.forward import MAX_BLOCKS, Launch
+from cuflash.plan.forward import FEW_ROWS, MAX_BLOCKS, Launch, required_fields
 from cuflash.problem import Problem
+
+WARPS_AND_KEYS = ((8, 8, 128), (8, 4, 128), (8, 4, 64), (4, 4, 64), (4, 2, 64), (2, 2, 32))  # warps, key warps, block_n
+COLUMNS = (256, 128, 64)  # of dq, dk and dv that a block computes at most, where not all
 
 
 @dataclass(frozen=True)
 class BackwardPlan:
     """The launches of a pullback in their order, those of no blocks left out, and the workspaces that they share.
 
-    The shapes' first axis is the batch entry, 1 if packed.
+    The first axis of a shape is the batch entry, of one element if packed.
     """
 
     launches: tuple[Launch, ...]
@@ -29,21 +35,92 @@ class BackwardPlan:
 
 
 def plan_backward(
-    problem: Problem,
-    arch: Arch,
-    *,
-    load_bytes: int,
-    store_bytes: int,
-    options: Options | None = None,
+    problem: Problem, arch: Arch, *, load_bytes: int, store_bytes: int, options: Options | None = None
 ) -> BackwardPlan:
-    config = BackwardConfig(
-        dtype=problem.dtype, bias_dtype=problem.bias_dtype or "none", head_dim=problem.head_dim,
-        head_dim_v=problem.head_dim_v, block_m=64, block_n=128, block_d=round_up(problem.head_dim, 16),
-        block_dv=round_up(problem.head_dim_v, 16), num_warps=8, key_warps=8, num_stages=2, load_bytes=load_bytes,
-        store_bytes=store_bytes, windowed=problem.windowed, softcapped=problem.softcap != 0, varlen=problem.varlen,
-        deterministic=True,
-    )  # fmt: skip
+    """The configuration that the cost model finds cheapest. No length, batch or number of heads decides, but for
+    whether there are more than FEW_ROWS queries.
+
+    Parameters
+    ----------
+    problem : Problem
+        Of dtype float16 or bfloat16.
+    arch : Arch
+        What the kernels are compiled for.
+    load_bytes, store_bytes : int
+        Widest access, 2 to 16, that every row of q, k, v, out and its cotangent, and of dq, dk and dv, is aligned to.
+    options : Options, optional
+        An explicit configuration; whether the order of additions to dq is fixed.
+
+    Raises
+    ------
+    ConfigError
+        If options.backward_config does not fit the problem, the rows' alignment or the architecture.
+    InvalidValueError
+        If a grid would exceed 2**31 - 1 blocks.
+    """
+    options = options or Options()
+    required = required_fields(problem, load_bytes, store_bytes) | {"deterministic": options.deterministic}
+    config = options.backward_config
+    if config is None:
+        config = _best_config(tuple(required.items()), arch, problem.seqlen_q <= FEW_ROWS)
+    else:
+        _validate(config, required, arch)
     return _plan(problem, config)
+
+
+@cache
+def _best_config(required: tuple[tuple[str, Any], ...], arch: Arch, few_rows: bool) -> BackwardConfig:
+    configs = [config for config in _candidates(dict(required), few_rows) if fits(config, arch)]
+    return min(configs, key=lambda config: _rank(config, arch, few_rows))
+
+
+def _rank(config: BackwardConfig, arch: Arch, few_rows: bool) -> float:
+    return clocks_per_pair(config, arch, min(config.block_m, FEW_ROWS) if few_rows else config.block_m)
+
+
+def ranked_backward_configs(problem: Problem, arch: Arch, *, load_bytes: int, store_bytes: int) -> list[BackwardConfig]:
+    """Every tiling whose tiles fit the shared memory, whether or not its registers do, in the cost model's order."""
+    few_rows = problem.seqlen_q <= FEW_ROWS
+    required = required_fields(problem, load_bytes, store_bytes) | {"deterministic": True}
+    configs = _candidates(required, few_rows)
+    fitting = [config for config in configs if backward_shared_bytes(config) <= arch.shared_per_block]
+    return sorted(fitting, key=lambda config: _rank(config, arch, few_rows))
+
+
+def _candidates(required: dict[str, Any], few_rows: bool) -> Iterator[BackwardConfig]:
+    """Every tiling worth a look for few or many query rows."""
+    depth, depth_v = round_up(required["head_dim"], 16), round_up(required["head_dim_v"], 16)
+    widest = max(depth, depth_v)
+    columns = [widest, *(most for most in COLUMNS if most < widest)]
+    for block_m in (16,) if few_rows else (128, 64, 32, 16):
+        for num_warps, key_warps, block_n in WARPS_AND_KEYS:
+            if block_m < 16 * num_warps // key_warps:
+                continue
+            for most in columns:
+                for num_stages in (1, 2):
+                    yield BackwardConfig(
+                        block_m=block_m, block_n=block_n, block_d=min(depth, most), block_dv=min(depth_v, most),
+                        num_warps=num_warps, key_warps=key_warps, num_stages=num_stages, **required,
+                    )  # fmt: skip
+
+
+def _validate(config: BackwardConfig, required: dict[str, Any], arch: Arch) -> None:
+    """An explicit configuration against the problem, the alignment and the architecture."""
+    for field, value in required.items():
+        given = getattr(config, field)
+        name = f"options.backward_config.{field}"
+        if field in ("load_bytes", "store_bytes"):
+            if given > value:
+                raise ConfigError(f"{name} = {given}: must be at most {value}, the rows' alignment")
+        elif given != value:
+            where = "options.deterministic is" if field == "deterministic" else "the problem has it"
+            raise ConfigError(f"{name} = {given!r}: must be {value!r}, as {where}")
+    shared = backward_shared_bytes(config)
+    if shared > arch.shared_per_block:
+        raise ConfigError(
+            f"options.backward_config = {config}: takes {shared} bytes of shared memory, must be at most "
+            f"{arch.shared_per_block} on {arch.name}"
+        )
 
 
 def _plan(problem: Problem, config: BackwardConfig) -> BackwardPlan:
@@ -51,12 +128,12 @@ def _plan(problem: Problem, config: BackwardConfig) -> BackwardPlan:
     k_tiles = _tiles(problem, problem.seqlen_k, problem.total_k, config.block_n)
     batch = 1 if problem.varlen else problem.batch
     dq_chunks = -(-config.head_dim // config.block_d)
-    shared = {field.name: getattr(config, field.name) for field in fields(config)}
-    heads = batch * problem.num_heads
+    same = {field.name: getattr(config, field.name) for field in fields(config)}
+    query_tiles = q_tiles * batch * problem.num_heads
     blocks = {
-        PrepareConfig(**shared): q_tiles * heads,
+        PrepareConfig(**same): query_tiles,
         config: k_tiles * batch * problem.num_kv_heads * column_chunks(config),
-        FinishConfig(**shared): q_tiles * dq_chunks * heads,
+        FinishConfig(**same): query_tiles * dq_chunks,
     }
     return BackwardPlan(
         tuple(_launch(config, count) for config, count in blocks.items() if count),

@@ -1,11 +1,69 @@
-"""What a configuration of the backward kernel costs: shared memory, registers, and a model of its time."""
+"""What a configuration of the backward kernel costs: shared memory, registers, occupancy, and a model of its time.
+
+The model ranks configurations by a multiprocessor's clocks per pair of a query and a key; it does not predict times.
+"""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+from cuflash.plan.arch import Arch
 from cuflash.plan.config import BackwardConfig, round_up
+from cuflash.plan.cost import (
+    BARRIER_CLOCKS,
+    BIAS_OPS,
+    COMPILER_REGISTERS,
+    EXPONENTIALS,
+    FLOAT_OPS,
+    FMA_16BIT,
+    GLOBAL_BYTES,
+    MAX_BLOCKS_PER_SM,
+    MAX_REGISTERS,
+    REGISTERS_PER_SM,
+    RESERVED_SHARED,
+    SHARED_BYTES,
+    SOFTCAP_OPS,
+    TILE_OPS,
+)
 
 BLOCK_FACTS = 96  # bytes in shared memory that say what the block computes
 FLOAT = 4
+ELEMENT = 2
+OPS_PER_PAIR = 8  # of P and dS: fma, difference, product, conversions, their share of the stores
+TILE_LATENCY = 1500  # of one visit from barrier to barrier, for a block that runs alone
+REST_REGISTERS = 62  # of a thread beside its tiles
+
+
+class Shares(NamedTuple):
+    """How the warps of a block share its tiles, in blocks of 16: `BackwardTiles` and `QueryGradient` of the kernel."""
+
+    keys: int  # of a warp's scores
+    queries: int
+    dk_columns: int  # of a warp's dk
+    dv_columns: int
+    dq_rows: int  # of a warp's dq
+    dq_columns: int
+    exchange: bool  # P and dS go through shared memory
+
+
+def shares(config: BackwardConfig) -> Shares:
+    others = config.num_warps // config.key_warps
+    column_blocks, value_blocks = (
+        min(block, round_up(head_dim, 16)) // 16
+        for block, head_dim in ((config.block_d, config.head_dim), (config.block_dv, config.head_dim_v))
+    )
+    row_blocks = config.block_m // 16
+    pairs = row_blocks % 2 == 0 and 2 * config.num_warps <= row_blocks * column_blocks
+    dq_rows = max(2 if pairs else 1, row_blocks // config.num_warps)
+    return Shares(
+        keys=config.block_n // (16 * config.key_warps),
+        queries=row_blocks // others,
+        dk_columns=-(-column_blocks // others),
+        dv_columns=-(-value_blocks // others),
+        dq_rows=dq_rows,
+        dq_columns=-(-column_blocks // (config.num_warps // (row_blocks // dq_rows))),
+        exchange=others > 1,
+    )
 
 
 def column_chunks(config: BackwardConfig) -> int:
@@ -15,24 +73,81 @@ def column_chunks(config: BackwardConfig) -> int:
 
 def dq_tile_floats(config: BackwardConfig) -> int:
     """Floats of a query tile's sums of one chunk of dq: `QueryGradient::kTileFloats` of the kernels."""
-    row_blocks, column_blocks = config.block_m // 16, -(-min(config.block_d, config.head_dim) // 16)
-    pairs = row_blocks % 2 == 0 and 2 * config.num_warps <= row_blocks * column_blocks
-    rows = max(2 if pairs else 1, row_blocks // config.num_warps)  # 16-row blocks of a warp
-    columns = -(-column_blocks // (config.num_warps // (row_blocks // rows)))
-    return config.num_warps * rows * columns * 256
+    own = shares(config)
+    return config.num_warps * own.dq_rows * own.dq_columns * 256
 
 
 def backward_shared_bytes(config: BackwardConfig) -> int:
     """Dynamic shared memory of a block: `sizeof(BackwardShared)` of the kernel."""
-    shares = config.num_warps // config.key_warps
-    depth = round_up(config.head_dim, 16) + round_up(config.head_dim_v, 16)
-    inputs = (config.block_n + config.num_stages * config.block_m) * depth
-    columns = sum(  # of one share of dk and dv
-        round_up(min(block, round_up(head_dim, 16)), 16 * shares) // shares
-        for block, head_dim in ((config.block_d, config.head_dim), (config.block_dv, config.head_dim_v))
-    )
-    outputs = shares * config.block_n * columns
+    own = shares(config)
+    inputs = (config.block_n + config.num_stages * config.block_m) * _depth(config)
+    outputs = config.num_warps * own.keys * (own.dk_columns + own.dv_columns) * 256
     scores = config.block_n * config.block_m
-    exchanged = scores if shares > 1 else 8  # P, beside dS
-    tiles = max(inputs, outputs) + scores + exchanged
-    return 2 * tiles + 2 * config.num_stages * config.block_m * FLOAT + BLOCK_FACTS
+    tiles = max(inputs, outputs) + scores + (scores if own.exchange else 8)
+    return ELEMENT * tiles + 2 * config.num_stages * config.block_m * FLOAT + BLOCK_FACTS
+
+
+def _depth(config: BackwardConfig) -> int:
+    """Columns of the tiles of q and do, or k and v, together."""
+    return round_up(config.head_dim, 16) + round_up(config.head_dim_v, 16)
+
+
+def registers(config: BackwardConfig, arch: Arch) -> int:
+    """Estimate of a thread's registers: the tiles that it holds at once, and what the rest was seen to need."""
+    own = shares(config)
+    sums = 8 * own.keys * (own.dk_columns + own.dv_columns)
+    scores = 8 * own.keys * own.queries * (3 if config.softcapped else 2)
+    dq = 8 * own.dq_rows * own.dq_columns
+    rest = REST_REGISTERS + COMPILER_REGISTERS.get(arch.name, 0) + max(0, own.queries - 4) + 2 * config.varlen
+    return sums + max(scores, dq) + rest
+
+
+def fits(config: BackwardConfig, arch: Arch) -> bool:
+    """Whether a block has the shared memory and its threads the registers that it needs."""
+    return backward_shared_bytes(config) <= arch.shared_per_block and registers(config, arch) <= MAX_REGISTERS
+
+
+def blocks_per_sm(config: BackwardConfig, arch: Arch) -> int:
+    """Blocks resident on one multiprocessor."""
+    per_thread = round_up(min(registers(config, arch), MAX_REGISTERS), 8)
+    return min(
+        MAX_BLOCKS_PER_SM,
+        arch.max_warps_per_sm // config.num_warps,
+        arch.shared_per_sm // (backward_shared_bytes(config) + RESERVED_SHARED),
+        REGISTERS_PER_SM // (per_thread * config.threads),
+    )
+
+
+def clocks_per_pair(config: BackwardConfig, arch: Arch, rows: int) -> float:
+    """What configurations are ranked by: modelled clocks of many blocks, per query and key of a head.
+
+    `rows` of the queries of a tile exist.
+    """
+    resident = max(1, blocks_per_sm(config, arch))
+    warps = resident * config.num_warps
+    tile = max(_tile_clocks(config, resident) * (1 + 2 / warps), TILE_LATENCY / resident)
+    return column_chunks(config) * tile / (rows * config.block_n)
+
+
+def _tile_clocks(config: BackwardConfig, busy: int) -> float:
+    """Clocks that one block's visit of one query tile takes of a multiprocessor that `busy` blocks share."""
+    own, depth, pairs = shares(config), _depth(config), config.block_m * config.block_n
+    sum_columns = config.block_d + config.block_dv
+    products = pairs * (depth + sum_columns + config.block_d) / FMA_16BIT
+    fragments = 16 * (own.keys + own.queries) * depth + 16 * config.block_n * (own.dq_rows + own.dq_columns)
+    if own.exchange:
+        fragments += config.block_m * 16 * (2 * own.keys + own.dk_columns + own.dv_columns)
+    else:
+        fragments += config.block_m * sum_columns
+    loads = config.block_m * depth
+    stores = pairs * (2 if own.exchange else 1)
+    shared = ELEMENT * (config.num_warps * fragments + loads + stores) / SHARED_BYTES
+    additions = 2 * config.block_m * config.block_d  # read and written
+    memory = (ELEMENT * loads + FLOAT * additions) / GLOBAL_BYTES
+    ops = OPS_PER_PAIR + (BIAS_OPS if config.bias_dtype != "none" else 0) + (SOFTCAP_OPS if config.softcapped else 0)
+    scores = pairs * ((2 if config.softcapped else 1) / EXPONENTIALS + ops / FLOAT_OPS)
+    barriers = 2 if config.num_stages == 2 or not own.exchange else 3
+    fixed = 32 * config.num_warps * TILE_OPS / FLOAT_OPS + BARRIER_CLOCKS * barriers
+    if config.num_stages == 1:
+        fixed += TILE_LATENCY / 2  # nothing runs under the last part of a copy
+    return max(products, shared, memory) + (scores + fixed) / min(busy, 2)
