@@ -123,6 +123,7 @@ def forward_record(
     if bias is not None:
         record["bias_strides"] = bias_strides(bias)
     _set_problem(record, problem)
+    record["scale64"], record["softcap64"] = problem.scale, problem.softcap
     record["num_splits"], record["q_tiles"] = plan.num_splits, plan.q_tiles
     return record
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass, fields
 
 from cuflash.errors import ConfigError
 
-ELEMENT_NAMES = ("none", "float16", "bfloat16", "float32")  # order of `enum class Element` in CUDA
-
+ELEMENT_NAMES = ("none", "float16", "bfloat16", "float32", "float64", "tf32")  # order of `enum class Element` in CUDA
+ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "tf32": 4}
+ARRAY_DTYPES = ELEMENT_NAMES[1:5]  # tf32 is no dtype: float32 whose products are of TF32
 
 MAX_SPLITS = 128  # partial states that one combine launch merges
 
@@ -24,7 +25,7 @@ class ForwardConfig:
     against tiles of block_n keys for block_dv of the head_dim_v output columns.
     """
 
-    dtype: str  # q, k, v and (unless split) o: float16 or bfloat16
+    dtype: str  # q, k, v and (unless split) o: float16, bfloat16, float32, float64 or tf32
     bias_dtype: str  # "none" without a bias
     head_dim: int
     head_dim_v: int
@@ -35,11 +36,11 @@ class ForwardConfig:
     num_stages: int  # key/value tiles in flight
     q_in_registers: bool
     load_bytes: int  # widest access every row of q, k and v is aligned to: 16, 8, 4 or 2
-    store_bytes: int  # the same for o
+    store_bytes: int  # the same for o, or the partial states
     windowed: bool
     softcapped: bool
     varlen: bool
-    split: bool  # writes float32 partial states for the combine kernel
+    split: bool  # writes partial states (float32, float64 for float64) for the combine kernel
 
     family = "forward"
 
@@ -48,8 +49,8 @@ class ForwardConfig:
             if not condition:
                 raise ConfigError(f"ForwardConfig.{field} = {getattr(self, field)!r}: must be {must}")
 
-        require(self.dtype in ELEMENT_NAMES[1:3], "dtype", "float16 or bfloat16")
-        require(self.bias_dtype in ELEMENT_NAMES, "bias_dtype", f"one of {ELEMENT_NAMES}")
+        require(self.dtype in ELEMENT_NAMES[1:], "dtype", f"one of {ELEMENT_NAMES[1:]}")
+        require(self.bias_dtype in ("none", *ARRAY_DTYPES), "bias_dtype", f"one of {('none', *ARRAY_DTYPES)}")
         require(1 <= self.head_dim <= 512, "head_dim", "1 to 512")
         require(1 <= self.head_dim_v <= 512, "head_dim_v", "1 to 512")
         require(self.num_warps in (1, 2, 4, 8), "num_warps", "1, 2, 4 or 8")
@@ -61,8 +62,9 @@ class ForwardConfig:
         require(self.block_n > 0 and self.block_n % 16 == 0, "block_n", "a multiple of 16")
         require(self.block_dv % 16 == 0 and 16 <= self.block_dv <= 256, "block_dv", "a multiple of 16 up to 256")
         require(self.num_stages in (1, 2), "num_stages", "1 or 2")
-        require(self.load_bytes in (2, 4, 8, 16), "load_bytes", "2, 4, 8 or 16")
-        require(self.store_bytes in (2, 4, 8, 16), "store_bytes", "2, 4, 8 or 16")
+        widths = tuple(width for width in (2, 4, 8, 16) if width >= ELEMENT_BYTES[self.dtype])
+        require(self.load_bytes in widths, "load_bytes", f"one of {widths}")
+        require(self.store_bytes in widths, "store_bytes", f"one of {widths}")
 
     @property
     def threads(self) -> int:
@@ -181,8 +183,8 @@ class CombineConfig:
 
     def __post_init__(self) -> None:
         for field in ("state_dtype", "out_dtype"):
-            if getattr(self, field) not in ELEMENT_NAMES[1:]:
-                must = ", ".join(ELEMENT_NAMES[1:])
+            if getattr(self, field) not in ARRAY_DTYPES:
+                must = ", ".join(ARRAY_DTYPES)
                 raise ConfigError(f"CombineConfig.{field} = {getattr(self, field)!r}: must be one of {must}")
         if self.head_dim_v < 1:
             raise ConfigError(f"CombineConfig.head_dim_v = {self.head_dim_v}: must be >= 1")

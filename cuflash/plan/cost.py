@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cuflash.plan.arch import Arch
-from cuflash.plan.config import ForwardConfig, KernelConfig, round_up
+from cuflash.plan.config import ELEMENT_BYTES, ForwardConfig, KernelConfig, round_up
 
 MAX_REGISTERS = 255  # of a thread
 COMPILER_REGISTERS = {"sm_100": 14}  # that the assembler was seen to need beyond the estimate
@@ -48,10 +48,12 @@ def shared_bytes(config: KernelConfig) -> int:
     """Dynamic shared memory of a block: `sizeof(ForwardShared)` of the kernel."""
     if not isinstance(config, ForwardConfig):
         return 0
+    size = ELEMENT_BYTES[config.dtype]
     depth = round_up(config.head_dim, 16)
-    inputs = config.block_m * depth + config.num_stages * config.block_n * (depth + config.block_dv)
-    outputs = 0 if config.split else config.block_m * config.block_dv
-    return 2 * max(inputs, outputs) + BLOCK_FACTS
+    columns = round_up(config.block_dv, 32 if size == 4 else 16)  # of a tile of values
+    inputs = config.block_m * depth + config.num_stages * config.block_n * (depth + columns)
+    outputs = config.block_m * config.block_dv if size == 2 and not config.split else 0  # wider ones are not staged
+    return size * max(inputs, outputs) + BLOCK_FACTS
 
 
 def registers(config: ForwardConfig) -> int:

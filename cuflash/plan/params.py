@@ -14,8 +14,8 @@ FORWARD_PARAMS = np.dtype(
         ("q", np.uint64),  # (batch, seqlen_q, num_heads, head_dim); packed: (total_q, num_heads, head_dim)
         ("k", np.uint64),  # (batch, seqlen_k, num_kv_heads, head_dim); packed: (total_k, ...)
         ("v", np.uint64),  # (batch, seqlen_k, num_kv_heads, head_dim_v); packed: (total_k, ...)
-        ("o", np.uint64),  # (batch, seqlen_q, num_heads, head_dim_v); split: float32, one more leading axis
-        ("lse", np.uint64),  # float32 (batch, num_heads, seqlen_q), packed (num_heads, total_q); 0: not wanted
+        ("o", np.uint64),  # (batch, seqlen_q, num_heads, head_dim_v); split: sums, one more leading axis
+        ("lse", np.uint64),  # (batch, num_heads, seqlen_q), packed (num_heads, total_q); 0: not wanted
         ("bias", np.uint64),  # (batch, num_heads, seqlen_q, seqlen_k) by strides, 0 where broadcast
         ("cu_seqlens_q", np.uint64),  # int32 (batch + 1), packed only
         ("cu_seqlens_k", np.uint64),
@@ -27,6 +27,8 @@ FORWARD_PARAMS = np.dtype(
         ("bias_strides", np.int64, 4),  # batch, head, query, key
         ("o_split_stride", np.int64),
         ("lse_split_stride", np.int64),
+        ("scale64", np.float64),  # for float64, which float32 would round
+        ("softcap64", np.float64),
         ("scale", np.float32),
         ("softcap", np.float32),
         ("batch", np.int32),
@@ -49,7 +51,7 @@ NO_BOUND = 2**31 - 1  # kernels compute window bounds in 64 bits
 COMBINE_PARAMS = np.dtype(
     [
         ("states", np.uint64, MAX_SPLITS),  # partial outputs, each laid out by state_strides
-        ("lses", np.uint64, MAX_SPLITS),  # float32, each laid out by state_lse_strides
+        ("lses", np.uint64, MAX_SPLITS),  # each laid out by state_lse_strides
         ("o", np.uint64),
         ("lse", np.uint64),  # 0: not wanted
         ("state_strides", np.int64, 3),  # batch, token, head

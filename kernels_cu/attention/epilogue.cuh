@@ -14,12 +14,37 @@ constexpr int store_unit(int row_bytes, int alignment) {
     return power < alignment ? power : alignment;
 }
 
-// The warp's rows of a register tile in 16 bits: registers -> its own rows of a shared tile -> whole chunks of rows in
-// global memory. The tile's first row lies at `target`, its columns are first_column, ... of kColumns; `rows` of it exist.
-// `warp_row` is the warp's first row of the tile.
+// The warp's rows of a register tile straight to global memory, elements wider than 16 bits: four lanes write 32 or 64
+// consecutive bytes. The tile's first row lies at `array`, its columns are first_column, ... of kColumns; `rows` of it
+// exist. `warp_row` is the warp's first row of the tile.
+template <Element E, int kColumns, int kAlignment, int kM, int kN>
+__device__ __forceinline__ void store_sums(const Sum<E> (&x)[kM][kN][4], Storage<E>* array, i64 row_stride, int rows,
+                                           int first_column, int warp_row, int lane) {
+    constexpr bool kPairs = store_unit(bytes_of(E) * kColumns, kAlignment) >= 2 * bytes_of(E);
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int row = warp_row + 16 * m + 8 * h + lane / 4;
+            if (row >= rows) continue;
+#pragma unroll
+            for (int n = 0; n < kN; ++n) {
+                const int column = first_column + 8 * n + 2 * (lane % 4);
+                Storage<E>* target = array + row * row_stride + column;
+                if constexpr (kPairs) {
+                    if (column < kColumns) ptx::store_global_v2(target, as_word(x[m][n][2 * h]), as_word(x[m][n][2 * h + 1]));
+                } else {
+                    if (column < kColumns) target[0] = x[m][n][2 * h];
+                    if (column + 1 < kColumns) target[1] = x[m][n][2 * h + 1];
+                }
+            }
+        }
+}
+
+// The same of 16-bit elements: registers -> the warp's own rows of a shared tile -> whole chunks of rows.
 template <Element E, class Tile, int kColumns, int kAlignment, int kM, int kN>
-__device__ __forceinline__ void store_rows(const float (&x)[kM][kN][4], u16* array, i64 row_stride, int rows,
-                                           int first_column, u32 staging, int warp_row, int lane) {
+__device__ __forceinline__ void store_staged(const float (&x)[kM][kN][4], u16* array, i64 row_stride, int rows,
+                                             int first_column, u32 staging, int warp_row, int lane) {
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
@@ -54,37 +79,20 @@ __device__ __forceinline__ void store_rows(const float (&x)[kM][kN][4], u16* arr
     }
 }
 
-// The warp's rows of a partial O in float32, straight from registers: four lanes write 32 consecutive bytes.
-template <ForwardConfig C, int kM, int kN>
-__device__ __forceinline__ void store_partial(const float (&O)[kM][kN][4], float* o, i64 row_stride, const Work& work,
-                                              int warp_row, int lane) {
-    const int rows = work.row_end(C.block_m) - work.row_begin;
-#pragma unroll
-    for (int m = 0; m < kM; ++m)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const int row = warp_row + 16 * m + 8 * h + lane / 4;
-            if (row >= rows) continue;
-#pragma unroll
-            for (int n = 0; n < kN; ++n) {
-                const int column = work.chunk * C.block_dv + 8 * n + 2 * (lane % 4);
-                float* target = o + row * row_stride + column;
-                const float low = O[m][n][2 * h], high = O[m][n][2 * h + 1];
-                if constexpr (C.store_bytes >= 8 && C.head_dim_v % 2 == 0) {
-                    if (column < C.head_dim_v) {
-                        ptx::store_global_v2(target, __float_as_uint(low), __float_as_uint(high));
-                    }
-                } else {
-                    if (column < C.head_dim_v) target[0] = low;
-                    if (column + 1 < C.head_dim_v) target[1] = high;
-                }
-            }
-        }
+// The same of any elements; `staging` and Tile are for those of 16 bits.
+template <Element E, class Tile, int kColumns, int kAlignment, int kM, int kN>
+__device__ __forceinline__ void store_rows(const Sum<E> (&x)[kM][kN][4], Storage<E>* array, i64 row_stride, int rows,
+                                           int first_column, u32 staging, int warp_row, int lane) {
+    if constexpr (bytes_of(E) == 2) {
+        store_staged<E, Tile, kColumns, kAlignment>(x, array, row_stride, rows, first_column, staging, warp_row, lane);
+    } else {
+        store_sums<E, kColumns, kAlignment>(x, array, row_stride, rows, first_column, warp_row, lane);
+    }
 }
 
 // lse of the warp's rows; one lane of the four that hold a row writes.
-template <ForwardConfig C, int kM>
-__device__ __forceinline__ void store_lse(const float (&row_lse)[kM][2], float* lse, i64 row_stride, const Work& work,
+template <ForwardConfig C, class T, int kM>
+__device__ __forceinline__ void store_lse(const T (&row_lse)[kM][2], T* lse, i64 row_stride, const Work& work,
                                           int warp_row, int lane) {
     const int rows = work.row_end(C.block_m) - work.row_begin;
     if (lane % 4 != 0) return;

@@ -5,50 +5,35 @@
 
 #include "attention/params.cuh"
 #include "attention/scores.cuh"
-#include "ptx/math.cuh"
+#include "tile/product.cuh"
 
 namespace cuflash {
 
-__device__ __forceinline__ float warp_max(float x) {
-    x = fmaxf(x, ptx::shfl_bfly<16>(x));
-    x = fmaxf(x, ptx::shfl_bfly<8>(x));
-    x = fmaxf(x, ptx::shfl_bfly<4>(x));
-    x = fmaxf(x, ptx::shfl_bfly<2>(x));
-    return fmaxf(x, ptx::shfl_bfly<1>(x));
-}
-
-__device__ __forceinline__ float warp_sum(float x) {
-    x += ptx::shfl_bfly<16>(x);
-    x += ptx::shfl_bfly<8>(x);
-    x += ptx::shfl_bfly<4>(x);
-    x += ptx::shfl_bfly<2>(x);
-    return x + ptx::shfl_bfly<1>(x);
-}
-
 // Weights of a warp's row: lane holds those of states lane, lane + 32, ...
+template <class T>
 struct MergeWeights {
     static constexpr int kPerLane = kMaxSplits / 32;
 
-    float weight[kPerLane];  // e^(lse_s - lse); 0 for a state that saw nothing, and past the last state
-    float lse;
+    T weight[kPerLane];  // e^(lse_s - lse); 0 for a state that saw nothing, and past the last state
+    T lse;
 
-    __device__ __forceinline__ MergeWeights(const float (&lses)[kPerLane]) {
-        float peak = -kInfinity;
+    __device__ __forceinline__ MergeWeights(const T (&lses)[kPerLane]) {
+        T peak = -kInfinity;
 #pragma unroll
-        for (int i = 0; i < kPerLane; ++i) peak = fmaxf(peak, lses[i]);
+        for (int i = 0; i < kPerLane; ++i) peak = larger(peak, lses[i]);
         peak = warp_max(peak);
-        const float shift = peak == -kInfinity ? 0.0f : peak;  // no state saw anything: all weights 0
-        float sum = 0.0f;
+        const T shift = peak == -kInfinity ? 0 : peak;  // no state saw anything: all weights 0
+        T sum = 0;
 #pragma unroll
         for (int i = 0; i < kPerLane; ++i) {
-            weight[i] = ptx::ex2((lses[i] - shift) * kLog2E);
+            weight[i] = exp2_of((lses[i] - shift) * kLog2E<T>);
             sum += weight[i];
         }
         sum = warp_sum(sum);
-        const float inverse = sum == 0.0f ? 0.0f : ptx::rcp(sum);
+        const T inverse = sum == 0 ? 0 : reciprocal(sum);
 #pragma unroll
         for (int i = 0; i < kPerLane; ++i) weight[i] *= inverse;
-        lse = sum == 0.0f ? -kInfinity : shift + kLn2 * ptx::lg2(sum);
+        lse = sum == 0 ? static_cast<T>(-kInfinity) : shift + kLn2<T> * log2_of(sum);
     }
 };
 

@@ -9,11 +9,11 @@ namespace cuflash {
 constexpr int kMaxSplits = 128;
 
 struct ForwardParams {
-    const u16* q;             // (batch, seqlen_q, num_heads, head_dim); packed: (total_q, num_heads, head_dim)
-    const u16* k;             // (batch, seqlen_k, num_kv_heads, head_dim); packed: (total_k, ...)
-    const u16* v;             // (batch, seqlen_k, num_kv_heads, head_dim_v); packed: (total_k, ...)
-    void* o;                  // (batch, seqlen_q, num_heads, head_dim_v); split: float32, one more leading axis
-    float* lse;               // (batch, num_heads, seqlen_q), packed: (num_heads, total_q), natural log; may be null
+    const void* q;            // (batch, seqlen_q, num_heads, head_dim); packed: (total_q, num_heads, head_dim)
+    const void* k;            // (batch, seqlen_k, num_kv_heads, head_dim); packed: (total_k, ...)
+    const void* v;            // (batch, seqlen_k, num_kv_heads, head_dim_v); packed: (total_k, ...)
+    void* o;                  // (batch, seqlen_q, num_heads, head_dim_v); split: sums, one more leading axis
+    void* lse;                // (batch, num_heads, seqlen_q), packed: (num_heads, total_q), natural log; may be null
     const void* bias;         // (batch, num_heads, seqlen_q, seqlen_k), natural-log units
     const int* cu_seqlens_q;  // (batch + 1), packed only
     const int* cu_seqlens_k;
@@ -25,6 +25,8 @@ struct ForwardParams {
     i64 bias_strides[4];  // batch, head, query, key; 0 where broadcast
     i64 o_split_stride;
     i64 lse_split_stride;
+    double scale64;  // for float64, which float32 would round
+    double softcap64;
     float scale;
     float softcap;
     int batch;
@@ -87,9 +89,9 @@ struct BackwardParams {
 
 struct CombineParams {
     const void* states[kMaxSplits];   // partial outputs, each laid out by state_strides
-    const float* lses[kMaxSplits];    // natural log, each laid out by state_lse_strides
+    const void* lses[kMaxSplits];     // natural log, each laid out by state_lse_strides
     void* o;
-    float* lse;  // may be null
+    void* lse;  // may be null
     i64 state_strides[3];  // batch, token, head
     i64 state_lse_strides[3];  // batch, head, token
     i64 o_strides[3];

@@ -3,11 +3,14 @@
 
 #include "attention/key_tiles.cuh"
 #include "tile/element.cuh"
+#include "tile/functions.cuh"
 
 namespace cuflash {
 
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
+template <class T>
+constexpr T kLog2E = static_cast<T>(1.4426950408889634);
+template <class T>
+constexpr T kLn2 = static_cast<T>(0.6931471805599453);
 constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
 
 // tanh x within 3e-7 relative: an odd polynomial where 1 - 2 / (1 + e^2x) would cancel.
@@ -16,13 +19,28 @@ __device__ __forceinline__ float tanh_accurate(float x) {
     const float series = fmaf(fmaf(fmaf(fmaf(-0.005717044697f, u, 0.02065058611f), u, -0.0537434965f), u,
                                    0.1333149076f), u, -0.3333328366f);
     const float near_zero = fmaf(x * u, series, x);
-    const float far = fmaf(-2.0f, ptx::rcp(1.0f + ptx::ex2(2.0f * kLog2E * fabsf(x))), 1.0f);
+    const float far = fmaf(-2.0f, ptx::rcp(1.0f + ptx::ex2(2.0f * kLog2E<float> * fabsf(x))), 1.0f);
     return u < 0.36f ? near_zero : copysignf(far, x);
+}
+
+__device__ __forceinline__ double tanh_accurate(double x) { return tanh(x); }
+
+// What scores are multiplied by, and their cap, in the type that they are computed in.
+template <class T, class Params>
+__device__ __forceinline__ T scale_of(const Params& params) {
+    if constexpr (sizeof(T) == 8) return params.scale64;
+    else return params.scale;
+}
+template <class T, class Params>
+__device__ __forceinline__ T softcap_of(const Params& params) {
+    if constexpr (sizeof(T) == 8) return params.softcap64;
+    else return params.softcap;
 }
 
 // Takes the derivatives of the soft cap where no one wants them, or where there is none.
 struct NoSlope {
-    __device__ __forceinline__ void set(int, int, int, float) {}
+    template <class T>
+    __device__ __forceinline__ void set(int, int, int, T) {}
     __device__ __forceinline__ float at(int, int, int) const { return 1.0f; }
 };
 
@@ -31,6 +49,7 @@ struct NoSlope {
 // are where only a scale is asked for: it is folded into an exponent, as `multiplier`.
 template <auto C, class Params, bool kTransposed = false>
 struct ScoreRule {
+    using T = Sum<C.dtype>;
     static constexpr bool kBiased = C.bias_dtype != Element::none;
     static constexpr bool kRaw = !C.softcapped && !kBiased;
 
@@ -51,12 +70,12 @@ struct ScoreRule {
     }
 
     // Base-2 score of what `apply` leaves in S: multiplier * S.
-    __device__ __forceinline__ float multiplier() const { return kRaw ? params.scale * kLog2E : 1.0f; }
+    __device__ __forceinline__ T multiplier() const { return kRaw ? scale_of<T>(params) * kLog2E<T> : T{1}; }
 
     // Scores of one tile; `cut`: some of its keys are hidden from some queries. `slope` is given the derivatives of the
     // soft cap.
     template <int kM, int kN, class Slope>
-    __device__ __forceinline__ void apply(float (&S)[kM][kN][4], Slope& slope, int first, bool cut) const {
+    __device__ __forceinline__ void apply(T (&S)[kM][kN][4], Slope& slope, int first, bool cut) const {
         if constexpr (kBiased) {
             if (cut) transform_rows<true>(S, slope, first + column);
             else transform_rows<false>(S, slope, first + column);
@@ -71,13 +90,13 @@ struct ScoreRule {
     }
 
     template <int kM, int kN>
-    __device__ __forceinline__ void apply(float (&S)[kM][kN][4], int first, bool cut) const {
+    __device__ __forceinline__ void apply(T (&S)[kM][kN][4], int first, bool cut) const {
         NoSlope none;
         apply(S, none, first, cut);
     }
 
     template <bool kCut, int kM, int kN, class Slope>
-    __device__ __forceinline__ void transform_rows(float (&S)[kM][kN][4], Slope& slope, int first) const {
+    __device__ __forceinline__ void transform_rows(T (&S)[kM][kN][4], Slope& slope, int first) const {
 #pragma unroll
         for (int m = 0; m < kM; ++m)
 #pragma unroll
@@ -87,8 +106,9 @@ struct ScoreRule {
     // S = softcap(scale S) + bias, times log2 e. Of a bias the elements of the tile's existing scores are read, masked or
     // not.
     template <bool kCut, int kN, class Slope>
-    __device__ __forceinline__ void transform(float (&S)[kN][4], Slope& slope, int m, int h, int row, int first) const {
-        const float inner = C.softcapped ? params.scale / params.softcap : params.scale * kLog2E;
+    __device__ __forceinline__ void transform(T (&S)[kN][4], Slope& slope, int m, int h, int row, int first) const {
+        const T scale = scale_of<T>(params), softcap = softcap_of<T>(params);
+        const T inner = C.softcapped ? scale / softcap : scale * kLog2E<T>;
         const i64 row_stride = params.bias_strides[kTransposed ? 3 : 2];
         const i64 column_stride = params.bias_strides[kTransposed ? 2 : 3];
         const char* bias = head_bias + (row * row_stride + first * column_stride) * bytes_of(C.bias_dtype);
@@ -98,16 +118,16 @@ struct ScoreRule {
         for (int n = 0; n < kN; ++n, bias += step)
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                float score = S[n][2 * h + e] * inner;
+                T score = S[n][2 * h + e] * inner;
                 if constexpr (C.softcapped) {
-                    const float t = tanh_accurate(score);
-                    slope.set(m, n, 2 * h + e, fmaf(-t, t, 1.0f));
-                    score = params.softcap * kLog2E * t;
+                    const T t = tanh_accurate(score);
+                    slope.set(m, n, 2 * h + e, fma(-t, t, T{1}));
+                    score = softcap * kLog2E<T> * t;
                 }
                 if constexpr (kBiased) {
                     const bool exists = row < (kTransposed ? sequence.len_k : sequence.len_q);
                     if (exists && (!kCut || (begin <= 8 * n + e && 8 * n + e < end))) {
-                        score = fmaf(load_element<C.bias_dtype>(bias, e * column_stride), kLog2E, score);
+                        score = fma(static_cast<T>(load_element<C.bias_dtype>(bias, e * column_stride)), kLog2E<T>, score);
                     }
                 }
                 S[n][2 * h + e] = score;
@@ -116,7 +136,7 @@ struct ScoreRule {
 
     // S = -inf where the key is not visible to the query: a select, so that whatever stood there is gone.
     template <int kN>
-    __device__ __forceinline__ void mask(float (&S)[kN][4], int h, int row, int first) const {
+    __device__ __forceinline__ void mask(T (&S)[kN][4], int h, int row, int first) const {
         const Window window(params, sequence);
         int begin = 0, end;
         if constexpr (kTransposed) {
@@ -132,7 +152,7 @@ struct ScoreRule {
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 const bool visible = 8 * n + e < end && (!C.windowed || 8 * n + e >= begin);
-                S[n][2 * h + e] = visible ? S[n][2 * h + e] : -kInfinity;
+                S[n][2 * h + e] = visible ? S[n][2 * h + e] : static_cast<T>(-kInfinity);
             }
     }
 };

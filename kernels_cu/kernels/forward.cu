@@ -19,18 +19,21 @@ namespace cuflash {
 // the registers of each.
 template <ForwardConfig C>
 struct ForwardShared {
+    using T = Storage<C.dtype>;
+    static constexpr bool kStaged = sizeof(T) == 2 && !C.split;  // whether O goes through shared memory
+    static constexpr int kColumnsOfV = round_up(C.block_dv, sizeof(T) == 4 ? 32 : 16);  // where lanes read V by words
     union {
         struct {
-            u16 q[C.block_m * round_up(C.head_dim, 16)];
-            u16 k[C.num_stages][C.block_n * round_up(C.head_dim, 16)];
-            u16 v[C.num_stages][C.block_n * C.block_dv];
+            T q[C.block_m * round_up(C.head_dim, 16)];
+            T k[C.num_stages][C.block_n * round_up(C.head_dim, 16)];
+            T v[C.num_stages][C.block_n * kColumnsOfV];
         };
-        u16 o[C.split ? 1 : C.block_m * C.block_dv];
+        T o[kStaged ? C.block_m * C.block_dv : 1];
     };
     Work work;
     KeyTiles tiles;
-    const u16* keys;    // first row of this sequence and head
-    const u16* values;  // the same, first column of this block's chunk
+    const T* keys;    // first row of this sequence and head
+    const T* values;  // the same, first column of this block's chunk
 };
 
 // Where the calling thread stands in its block. Made anew by each part of the kernel that needs it, not held throughout.
@@ -44,37 +47,34 @@ struct Place {
 // One thread finds out what the block computes.
 template <ForwardConfig C>
 __device__ __forceinline__ void locate(ForwardShared<C>& shared, const ForwardParams& params) {
+    using T = Storage<C.dtype>;
     const Work work = decode_work<C>(params);
     const int kv_head = work.head / params.group;
     shared.work = work;
     shared.tiles = KeyTiles::of<C>(params, work);
-    shared.keys = row_at(params.k, params.k_strides, work.batch_entry, work.k_start, kv_head);
-    shared.values = row_at(params.v, params.v_strides, work.batch_entry, work.k_start, kv_head) + work.chunk * C.block_dv;
+    shared.keys = row_at(static_cast<const T*>(params.k), params.k_strides, work.batch_entry, work.k_start, kv_head);
+    shared.values = row_at(static_cast<const T*>(params.v), params.v_strides, work.batch_entry, work.k_start, kv_head) +
+                    work.chunk * C.block_dv;
 }
 
 // Normalised O and lse of the block's rows to where they belong: the results, or a split's partial state.
-template <ForwardConfig C, int kM, int kN>
-__device__ __forceinline__ void store_results(const float (&O)[kM][kN][4], const float (&lse)[kM][2],
-                                              ForwardShared<C>& shared, const ForwardParams& params) {
+template <ForwardConfig C, class T, int kM, int kN>
+__device__ __forceinline__ void store_results(const T (&O)[kM][kN][4], const T (&lse)[kM][2], ForwardShared<C>& shared,
+                                              const ForwardParams& params) {
+    constexpr Element kTo = C.split ? sum_element(C.dtype) : C.dtype;
     const Work& work = shared.work;
     const Place<kM> here;
-    const int token = work.q_start + work.row_begin;
-    if constexpr (C.split) {
-        float* o = static_cast<float*>(params.o) + work.split * params.o_split_stride;
-        store_partial<C>(O, row_at(o, params.o_strides, work.batch_entry, token, work.head), params.o_strides[1], work,
-                         here.row, here.lane);
-    } else {
-        __syncthreads();  // everyone is done with Q, K and V, whose place O takes
-        u16* o = row_at(static_cast<u16*>(params.o), params.o_strides, work.batch_entry, token, work.head);
-        using Tile = SharedTile<C.block_m, C.block_dv>;
-        store_rows<C.dtype, Tile, C.head_dim_v, C.store_bytes>(O, o, params.o_strides[1],
-                                                               work.row_end(C.block_m) - work.row_begin,
-                                                               work.chunk * C.block_dv, ptx::shared_address(shared.o),
-                                                               here.row, here.lane);
-    }
+    const int token = work.q_start + work.row_begin, rows = work.row_end(C.block_m) - work.row_begin;
+    if constexpr (ForwardShared<C>::kStaged) __syncthreads();  // everyone is done with Q, K and V, whose place O takes
+    auto* o = static_cast<Storage<kTo>*>(params.o);
+    if constexpr (C.split) o += work.split * params.o_split_stride;
+    store_rows<kTo, SharedTile<C.block_m, C.block_dv>, C.head_dim_v, C.store_bytes>(
+        O, row_at(o, params.o_strides, work.batch_entry, token, work.head), params.o_strides[1], rows,
+        work.chunk * C.block_dv, ptx::shared_address(shared.o), here.row, here.lane);
     if (params.lse != nullptr && work.chunk == 0) {
-        float* target = params.lse + work.split * params.lse_split_stride + work.batch_entry * params.lse_strides[0] +
-                        work.head * params.lse_strides[1] + token * params.lse_strides[2];
+        T* target = static_cast<T*>(params.lse) + work.split * params.lse_split_stride +
+                    work.batch_entry * params.lse_strides[0] + work.head * params.lse_strides[1] +
+                    token * params.lse_strides[2];
         store_lse<C>(lse, target, params.lse_strides[2], work, here.row, here.lane);
     }
 }
@@ -84,15 +84,18 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
     constexpr int kThreads = 32 * C.num_warps, kStages = C.num_stages;
     constexpr int kM = C.block_m / (16 * C.num_warps);  // 16-row blocks of a warp
     constexpr int kN = C.block_n / 16, kD = ceil_div(C.head_dim, 16);
-    using QTile = SharedTile<C.block_m, 16 * kD>;
-    using KTile = SharedTile<C.block_n, 16 * kD>;
-    using VTile = SharedTile<C.block_n, C.block_dv>;
+    constexpr int kStep = chain_depth(C.dtype, C.block_n);  // keys of a step of P V
+    using Shared = ForwardShared<C>;
+    using T = Sum<C.dtype>;
+    using QTile = SharedTile<C.block_m, 16 * kD, typename Shared::T>;
+    using KTile = SharedTile<C.block_n, 16 * kD, typename Shared::T>;
+    using VTile = SharedTile<C.block_n, Shared::kColumnsOfV, typename Shared::T>;
     using QLoader = TileLoader<QTile, kThreads, C.load_bytes, C.head_dim % 16 != 0>;
     using KLoader = TileLoader<KTile, kThreads, C.load_bytes, C.head_dim % 16 != 0>;
-    using VLoader = TileLoader<VTile, kThreads, C.load_bytes, C.head_dim_v % C.block_dv != 0>;
+    using VLoader = TileLoader<VTile, kThreads, C.load_bytes, C.head_dim_v % VTile::kCols != 0>;
 
     extern __shared__ __align__(128) unsigned char shared_memory[];
-    auto& shared = *reinterpret_cast<ForwardShared<C>*>(shared_memory);
+    auto& shared = *reinterpret_cast<Shared*>(shared_memory);
     const Work& work = shared.work;
     const KeyTiles& tiles = shared.tiles;
     if (ptx::thread_index() == 0) locate<C>(shared, params);
@@ -105,9 +108,10 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
                       params.k_strides[1], C.head_dim, tiles.tile(position) * C.block_n, tiles.keys.begin, tiles.keys.end);
     };
     const auto load_v = [&](int position) {
+        int columns = C.head_dim_v - work.chunk * C.block_dv;
+        if constexpr (VTile::kCols > C.block_dv) columns = min(columns, C.block_dv);
         VLoader::load(position < tiles.cut_end(), ptx::shared_address(shared.v[position % kStages]), shared.values,
-                      params.v_strides[1], C.head_dim_v - work.chunk * C.block_dv, tiles.tile(position) * C.block_n,
-                      tiles.keys.begin, tiles.keys.end);
+                      params.v_strides[1], columns, tiles.tile(position) * C.block_n, tiles.keys.begin, tiles.keys.end);
     };
     // The same for the next tile, if there is one, with two stages K and V.
     const auto load_next = [&](int position) {
@@ -116,16 +120,16 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
         if constexpr (kStages == 2) load_v(position + 1);
     };
 
-    LeftFragments<kM, C.q_in_registers ? kD : 1> q_fragments;
-    OnlineSoftmax<kM> softmax;       // m, l
-    float O[kM][C.block_dv / 8][4];  // unnormalised: sum of 2^(S - m) V over the tiles so far
+    LeftFragments<kM, C.q_in_registers ? kD : 1, C.dtype> q_fragments;
+    OnlineSoftmax<T, kM> softmax;  // m, l
+    T O[kM][C.block_dv / 8][4];    // unnormalised: sum of 2^(S - m) V over the tiles so far
     clear(O);
 
     const auto q_address = [&](Place<kM> here) {
-        return ptx::shared_address(shared.q) + here.row * QTile::kPitch + QTile::lane_by_columns(here.lane);
+        return ptx::shared_address(shared.q) + here.row * QTile::kPitch + QTile::lane_of_left(here.lane);
     };
     // S = Q K(j)^T
-    const auto multiply_qk = [&](float(&S)[kM][2 * kN][4], int position) {
+    const auto multiply_qk = [&](T(&S)[kM][2 * kN][4], int position) {
         const Place<kM> here;
         const u32 q = q_address(here);
         const u32 k = ptx::shared_address(shared.k[position % kStages]) + KTile::lane_by_rows(here.lane);
@@ -137,11 +141,11 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
         }
     };
     // O += P V(j)
-    const auto multiply_pv = [&](const float(&P)[kM][2 * kN][4], int position, int lane) {
+    const auto multiply_pv = [&](const T(&P)[kM][2 * kN][4], int position, int lane) {
         const u32 v = ptx::shared_address(shared.v[position % kStages]) + VTile::lane_by_columns(lane);
 #pragma unroll
-        for (int n = 0; n < kN; ++n) {  // O += P[:, n] V(j)[n, :]
-            u32 left[kM][4];
+        for (int n = 0; n < C.block_n / kStep; ++n) {  // O += P[:, n] V(j)[n, :]
+            Word<C.dtype> left[kM][left_words(C.dtype, kStep)];
             as_left<C.dtype>(left, P, n);
             multiply<C.dtype, VTile>(O, left, v, n);
         }
@@ -155,7 +159,7 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
         else load_next(position);
         ptx::cp_async_commit();
 
-        float S[kM][2 * kN][4];
+        T S[kM][2 * kN][4];
         multiply_qk(S, position);  // S = Q K(j)^T
         if constexpr (kStages == 1) {
             ptx::cp_async_wait<0>();  // this thread's share of V(j) has landed
@@ -173,7 +177,7 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
     };
 
     if (tiles.begin < tiles.end) {
-        const u16* q = row_at(params.q, params.q_strides, work.batch_entry, work.q_start, work.head);
+        const auto* q = row_at(static_cast<const typename Shared::T*>(params.q), params.q_strides, work.batch_entry, work.q_start, work.head);
         QLoader::load(true, ptx::shared_address(shared.q), q, params.q_strides[1], C.head_dim, work.row_begin, 0,
                       work.len_q);
         load_k(tiles.begin);

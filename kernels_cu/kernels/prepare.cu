@@ -53,7 +53,7 @@ __device__ __forceinline__ void prepare(const BackwardParams& params) {
             const u16* d_o = row_at(params.d_o, params.d_o_strides, work.batch_entry, token, work.head);
             const float sum = warp_sum(dot_share<C>(o, d_o, lane));
             if (natural != -kInfinity) {
-                lse = natural * kLog2E;
+                lse = natural * kLog2E<float>;
                 delta = sum;
                 if (params.d_lse != nullptr) {
                     delta -= params.d_lse[work.batch_entry * params.d_lse_strides[0] +

@@ -56,6 +56,19 @@ __device__ __forceinline__ void load_shared_v4(u32 (&value)[4], u32 shared) {
                  : "memory");
 }
 
+// Elements of a tile that asynchronous copies filled.
+__device__ __forceinline__ void load_shared(u32& value, u32 shared) {
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(shared));
+}
+
+__device__ __forceinline__ void load_shared(double& value, u32 shared) {
+    asm volatile("ld.shared.f64 %0, [%1];" : "=d"(value) : "r"(shared));
+}
+
+__device__ __forceinline__ void load_shared_v2(double& x, double& y, u32 shared) {
+    asm volatile("ld.shared.v2.f64 {%0, %1}, [%2];" : "=d"(x), "=d"(y) : "r"(shared));
+}
+
 // Loads that happen where they stand, whether or not the value turns out to matter.
 __device__ __forceinline__ u16 load_global_u16(const void* global) {
     u16 value;
@@ -66,6 +79,12 @@ __device__ __forceinline__ u16 load_global_u16(const void* global) {
 __device__ __forceinline__ float load_global_f32(const void* global) {
     float value;
     asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(global));
+    return value;
+}
+
+__device__ __forceinline__ double load_global_f64(const void* global) {
+    double value;
+    asm volatile("ld.global.f64 %0, [%1];" : "=d"(value) : "l"(global));
     return value;
 }
 
@@ -88,6 +107,12 @@ __device__ __forceinline__ void store_release(u32* memory, u32 value) {
     asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(memory), "r"(value) : "memory");
 }
 
+__device__ __forceinline__ u32 load_relaxed(const u32* memory) {
+    u32 value;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(memory) : "memory");
+    return value;
+}
+
 __device__ __forceinline__ u32 load_acquire(const u32* memory) {
     u32 value;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(memory) : "memory");
@@ -96,6 +121,10 @@ __device__ __forceinline__ u32 load_acquire(const u32* memory) {
 
 __device__ __forceinline__ void store_global_v2(void* global, u32 x, u32 y) {
     asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(global), "r"(x), "r"(y) : "memory");
+}
+
+__device__ __forceinline__ void store_global_v2(void* global, double x, double y) {
+    asm volatile("st.global.v2.f64 [%0], {%1, %2};" ::"l"(global), "d"(x), "d"(y) : "memory");
 }
 
 __device__ __forceinline__ void load_global_v4(float (&value)[4], const float* global) {

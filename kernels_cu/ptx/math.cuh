@@ -76,10 +76,15 @@ __device__ __forceinline__ float shfl_bfly(float x) {
 }
 
 template <int kMask>
+__device__ __forceinline__ int shfl_bfly(int x) {
+    int y;
+    asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 0x1f, 0xffffffff;" : "=r"(y) : "r"(x), "n"(kMask));
+    return y;
+}
+
+template <int kMask>
 __device__ __forceinline__ double shfl_bfly(double x) {
-    const float low = shfl_bfly<kMask>(__int_as_float(__double2loint(x)));
-    const float high = shfl_bfly<kMask>(__int_as_float(__double2hiint(x)));
-    return __hiloint2double(__float_as_int(high), __float_as_int(low));
+    return __hiloint2double(shfl_bfly<kMask>(__double2hiint(x)), shfl_bfly<kMask>(__double2loint(x)));
 }
 
 // Whether `predicate` holds in any lane of the warp.
@@ -99,10 +104,14 @@ __device__ __forceinline__ float shfl_idx(float x, int source) {
     return y;
 }
 
+__device__ __forceinline__ int shfl_idx(int x, int source) {
+    int y;
+    asm volatile("shfl.sync.idx.b32 %0, %1, %2, 0x1f, 0xffffffff;" : "=r"(y) : "r"(x), "r"(source));
+    return y;
+}
+
 __device__ __forceinline__ double shfl_idx(double x, int source) {
-    const float low = shfl_idx(__int_as_float(__double2loint(x)), source);
-    const float high = shfl_idx(__int_as_float(__double2hiint(x)), source);
-    return __hiloint2double(__float_as_int(high), __float_as_int(low));
+    return __hiloint2double(shfl_idx(__double2hiint(x), source), shfl_idx(__double2loint(x), source));
 }
 
 }  // namespace cuflash::ptx

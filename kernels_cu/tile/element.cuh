@@ -1,4 +1,4 @@
-// Element types of arrays in memory, and their conversion from and to float32.
+// Element types of arrays: how they lie in memory, what their products are summed in, conversions between the two.
 #pragma once
 
 #include "ptx/copy.cuh"
@@ -7,9 +7,23 @@
 
 namespace cuflash {
 
-enum class Element { none, float16, bfloat16, float32 };
+// tf32 is float32 in memory, of which products see 11 significant bits.
+enum class Element { none, float16, bfloat16, float32, float64, tf32 };
 
-constexpr int bytes_of(Element element) { return element == Element::float32 ? 4 : 2; }
+constexpr int bytes_of(Element element) {
+    return element == Element::float64 ? 8 : element == Element::float32 || element == Element::tf32 ? 4 : 2;
+}
+
+// The type of an element in memory, and that in which everything made of such elements is computed.
+template <Element E>
+using Storage = Conditional<bytes_of(E) == 8, double, Conditional<bytes_of(E) == 4, float, u16>>;
+template <Element E>
+using Sum = Conditional<E == Element::float64, double, float>;
+
+// The element type of sums in memory.
+constexpr Element sum_element(Element element) {
+    return element == Element::float64 ? Element::float64 : Element::float32;
+}
 
 // A pair of floats rounded to a 16-bit type, the first in the lower half.
 template <Element E>
@@ -32,27 +46,21 @@ __device__ __forceinline__ float unpack_high(u32 pair) {
     else return ptx::cvt_f32_bf16(static_cast<u16>(pair >> 16));
 }
 
-// array[offset] as float32. The load is never dropped: bytes moved depend on shapes, not on values.
+// array[offset] as float32, float64 as it is. The load is never dropped: bytes moved depend on shapes, not on values.
 template <Element E>
-__device__ __forceinline__ float load_element(const void* array, i64 offset) {
+__device__ __forceinline__ Sum<E> load_element(const void* array, i64 offset) {
     const void* element = static_cast<const char*>(array) + offset * bytes_of(E);
-    if constexpr (E == Element::float32) return ptx::load_global_f32(element);
+    if constexpr (bytes_of(E) == 8) return ptx::load_global_f64(element);
+    else if constexpr (bytes_of(E) == 4) return ptx::load_global_f32(element);
     else if constexpr (E == Element::float16) return ptx::cvt_f32_f16(ptx::load_global_u16(element));
     else return ptx::cvt_f32_bf16(ptx::load_global_u16(element));
 }
 
 // array[offset] = value, rounded to nearest even.
 template <Element E>
-__device__ __forceinline__ void store_element(void* array, i64 offset, float value) {
-    if constexpr (E == Element::float32) static_cast<float*>(array)[offset] = value;
+__device__ __forceinline__ void store_element(void* array, i64 offset, Sum<E> value) {
+    if constexpr (bytes_of(E) > 2) static_cast<Storage<E>*>(array)[offset] = value;
     else static_cast<u16*>(array)[offset] = static_cast<u16>(pack<E>(value, 0.0f));
-}
-
-// d [16][8] += a [16][16] b [16][8]
-template <Element E>
-__device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    if constexpr (E == Element::float16) ptx::mma_m16n8k16_f16(d, a, b0, b1);
-    else ptx::mma_m16n8k16_bf16(d, a, b0, b1);
 }
 
 }  // namespace cuflash

@@ -12,24 +12,26 @@ namespace cuflash {
 // completed by the caller's commit and wait; plain loads of 2 bytes. kPadded: the array has fewer columns than the tile.
 template <class Tile, int kThreads, int kLoadBytes, bool kPadded>
 struct TileLoader {
+    using T = typename Tile::Element;
+    static constexpr int kBytes = sizeof(T);
     static constexpr int kRows = Tile::kRows;
     static constexpr int kRowStep = kThreads / Tile::kSpan;
 
     // Rows first_row .. first_row + kRows - 1 of `array` [..][columns], row_stride elements apart, into the tile at shared
     // address `tile`. Of a partial tile only the rows [begin, end) are read, the others become zero.
-    static __device__ __forceinline__ void load(bool partial, u32 tile, const u16* array, i64 row_stride, int columns,
+    static __device__ __forceinline__ void load(bool partial, u32 tile, const T* array, i64 row_stride, int columns,
                                                 int first_row, int begin, int end) {
         if (partial) load_rows<true>(tile, array, row_stride, columns, first_row, begin, end);
         else load_rows<false>(tile, array, row_stride, columns, first_row, begin, end);
     }
 
     template <bool kPartial>
-    static __device__ __forceinline__ void load_rows(u32 tile, const u16* array, i64 row_stride, int columns,
+    static __device__ __forceinline__ void load_rows(u32 tile, const T* array, i64 row_stride, int columns,
                                                      int first_row, int begin, int end) {
         const int thread = ptx::thread_index();
         const int row = thread / Tile::kSpan, chunk = thread % Tile::kSpan;
         const u32 target = tile + Tile::offset(row, chunk);
-        const u16* source = array + (first_row + row) * row_stride + 8 * chunk;
+        const T* source = array + (first_row + row) * row_stride + Tile::kPerChunk * chunk;
 #pragma unroll
         for (int i = 0; i < kRows; i += kRowStep, source += kRowStep * row_stride) {
             if (kRows % kRowStep != 0 && row + i >= kRows) break;
@@ -37,22 +39,23 @@ struct TileLoader {
             const bool in_range = !kPartial || (begin <= array_row && array_row < end);
 #pragma unroll
             for (int j = 0; j < Tile::kChunks; j += Tile::kSpan) {
-                const int row_left = kPadded ? min(max(2 * columns - 16 * (chunk + j), 0), 16) : 16;
+                const int row_left = kPadded ? min(max(kBytes * columns - 16 * (chunk + j), 0), 16) : 16;
                 const int valid = in_range ? row_left : 0;  // bytes of the chunk that may be read
-                copy_chunk<kPartial>(Tile::step(target, i, j), source + 8 * j, valid);
+                copy_chunk<kPartial>(Tile::step(target, i, j), source + Tile::kPerChunk * j, valid);
             }
         }
     }
 
     template <bool kPartial>
-    static __device__ __forceinline__ void copy_chunk(u32 target, const u16* source, int valid) {
+    static __device__ __forceinline__ void copy_chunk(u32 target, const T* source, int valid) {
         if constexpr (kLoadBytes == 16) {
             if constexpr (kPartial || kPadded) ptx::cp_async_16(target, source, valid);
             else ptx::cp_async_16(target, source);
         } else if constexpr (kLoadBytes > 2) {
+            static_assert(kLoadBytes >= kBytes);
 #pragma unroll
             for (int at = 0; at < 16; at += kLoadBytes) {
-                ptx::cp_async_narrow<kLoadBytes>(target + at, source + at / 2, min(max(valid - at, 0), kLoadBytes));
+                ptx::cp_async_narrow<kLoadBytes>(target + at, source + at / kBytes, min(max(valid - at, 0), kLoadBytes));
             }
         } else {
             u32 value[4];

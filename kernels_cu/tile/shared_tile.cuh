@@ -1,4 +1,4 @@
-// A tile [rows][cols] of 16-bit elements in shared memory, swizzled so that no access to whole chunks conflicts.
+// A tile [rows][cols] in shared memory, swizzled so that no access to whole chunks conflicts.
 #pragma once
 
 #include "ptx/types.cuh"
@@ -15,13 +15,15 @@ constexpr int greater(int a, int b) { return a < b ? b : a; }
 // the same chunk of eight consecutive rows, and kSpan consecutive chunks of 8 / kSpan rows, each cover all banks once.
 // The XOR touches only address bits that neither a row, nor an aligned group of kSpan chunks, nor a tile's start (aligned
 // to 128 bytes) reaches; so a thread computes one address and reaches others by an XOR and an addition of constants.
-template <int kRows_, int kCols_>
+template <int kRows_, int kCols_, class T = u16>
 struct SharedTile {
+    using Element = T;
     static constexpr int kRows = kRows_;
     static constexpr int kCols = kCols_;
     static_assert(kRows % 16 == 0 && kCols % 16 == 0);
 
-    static constexpr int kChunks = kCols / 8;  // 16-byte chunks a row
+    static constexpr int kPerChunk = 16 / sizeof(T);      // elements of a chunk
+    static constexpr int kChunks = kCols / kPerChunk;  // 16-byte chunks a row
     static constexpr int kSpan = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : 2;
     static constexpr int kPitch = 16 * kChunks;  // bytes a row
 
@@ -39,15 +41,31 @@ struct SharedTile {
                (row_step * kPitch + 16 * (chunk_step / kSpan * kSpan));
     }
 
-    // Offset that this lane gives to ldmatrix for the 16x16 block at (0, 0). By columns, registers 0 .. 3 receive the 8x8
-    // matrices upper left, lower left, upper right, lower right; by rows, upper left, upper right, lower left, lower
-    // right. A product takes consecutive registers: a left operand by columns, a right one so that the pair of matrices
-    // along the shared dimension comes together.
-    static __device__ __forceinline__ u32 lane_by_columns(int lane) { return offset(lane % 16, lane / 16); }
-    static __device__ __forceinline__ u32 lane_by_rows(int lane) { return offset(lane / 16 * 8 + lane % 8, lane / 8 % 2); }
+    // Offsets at which this lane reads a 16x16 block at (0, 0), as a left operand or as a right one by rows or by columns.
+    //
+    // ldmatrix takes the addresses of rows of 8x8 matrices, of 8x4 ones of 32-bit elements. As a left operand registers
+    // 0 .. 3 receive the matrices upper left, lower left, upper right, lower right; by rows upper left, upper right, lower
+    // left, lower right, so that the pair along the shared dimension comes together. By columns it transposes 16-bit
+    // elements; of wider ones a lane loads those of rows 2c and 2c + 1. Of 64-bit elements it loads whole chunks of a row,
+    // lane c of four chunk 2c: neighbouring rows then meet no bank twice.
+    static __device__ __forceinline__ u32 lane_of_left(int lane) {
+        if constexpr (sizeof(T) == 8) return offset(lane / 4, lane % 4 * 2);
+        else return offset(lane % 16, lane / 16);
+    }
+    static __device__ __forceinline__ u32 lane_by_rows(int lane) {
+        if constexpr (sizeof(T) == 8) return offset(lane / 4, lane % 4 * 2);
+        else return offset(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    }
+    static __device__ __forceinline__ u32 lane_by_columns(int lane) {
+        if constexpr (sizeof(T) == 2) return offset(lane % 16, lane / 16);
+        constexpr int kBytes = sizeof(T);
+        return offset(lane % 4 * 2, lane / 4 * kBytes / 16) + lane / 4 * kBytes % 16;
+    }
 
     // From the address of this lane in block (0, 0) to that in the 16x16 block (i, j).
-    static __device__ __forceinline__ u32 block(u32 address, int i, int j) { return step(address, 16 * i, 2 * j); }
+    static __device__ __forceinline__ u32 block(u32 address, int i, int j) {
+        return step(address, 16 * i, 16 / kPerChunk * j);
+    }
 };
 
 }  // namespace cuflash

@@ -69,8 +69,8 @@ def run_forward(
     lse_shape = (q.shape[0], q.shape[2], q.shape[1]) if cu_seqlens is None else (q.shape[1], q.shape[0])
     plan = plan_forward(
         problem, arch_named(ARCH), options=options,
-        load_bytes=load_bytes or min(16, *(row & -row for row in (2 * q.shape[-1], 2 * v.shape[-1]))),
-        store_bytes=min(16, (row := 2 * v.shape[-1]) & -row),
+        load_bytes=load_bytes or min(16, *(row & -row for row in (q.itemsize * q.shape[-1], v.itemsize * v.shape[-1]))),
+        store_bytes=min(16, (row := v.itemsize * v.shape[-1]) & -row),
     )  # fmt: skip
     record = np.zeros((), FORWARD_PARAMS)
     arrays = {"q": q, "k": k, "v": v, "bias": bias}
@@ -88,10 +88,12 @@ def run_forward(
         ]
     for name in ("scale", "softcap", "batch", "num_heads", "seqlen_q", "seqlen_k"):
         record[name] = getattr(problem, name)
+    record["scale64"], record["softcap64"] = problem.scale, problem.softcap
     record["group"], record["total_q"], record["total_k"] = problem.group, problem.total_q or 0, problem.total_k or 0
     record["left"], record["right"] = (NO_BOUND if b is None else b for b in (problem.left, problem.right))
     record["num_splits"], record["q_tiles"] = plan.num_splits, plan.q_tiles
-    o, lse = device.empty(out.shape, out.dtype, name="o"), device.empty(lse_shape, np.float32, name="lse")
+    sums = np.dtype(np.float64 if q.dtype == np.float64 else np.float32)
+    o, lse = device.empty(out.shape, out.dtype, name="o"), device.empty(lse_shape, sums, name="lse")
     o_strides = [0 if q.ndim == 3 else out[0].size, *_row_strides(out)]
     lse_strides = [0] * (3 - len(lse_shape)) + [s // 4 for s in np.empty(lse_shape, np.float32).strides]
     record["o_strides"], record["lse_strides"] = o_strides, lse_strides
@@ -100,14 +102,14 @@ def run_forward(
     if plan.combine is None:
         reports.append(launch(device, plan.forward, record))
     else:
-        o_partial = device.empty((plan.num_splits, *out.shape), np.float32, name="o_partial")
-        lse_partial = device.empty((plan.num_splits, *lse_shape), np.float32, name="lse_partial")
+        o_partial = device.empty((plan.num_splits, *out.shape), sums, name="o_partial")
+        lse_partial = device.empty((plan.num_splits, *lse_shape), sums, name="lse_partial")
         record["o"], record["lse"] = o_partial.pointer, lse_partial.pointer
         record["o_split_stride"], record["lse_split_stride"] = out.size, int(np.prod(lse_shape))
         reports.append(launch(device, plan.forward, record))
         combine = np.zeros((), COMBINE_PARAMS)
-        combine["states"] = o_partial.pointer + 4 * out.size * np.arange(128, dtype=np.uint64)
-        combine["lses"] = lse_partial.pointer + 4 * int(np.prod(lse_shape)) * np.arange(128, dtype=np.uint64)
+        combine["states"] = o_partial.pointer + sums.itemsize * out.size * np.arange(128, dtype=np.uint64)
+        combine["lses"] = lse_partial.pointer + sums.itemsize * int(np.prod(lse_shape)) * np.arange(128, dtype=np.uint64)
         combine["o"], combine["lse"] = o.pointer, lse.pointer
         combine["state_strides"] = combine["o_strides"] = o_strides
         combine["state_lse_strides"] = combine["lse_strides"] = lse_strides
