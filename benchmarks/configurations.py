@@ -11,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -95,7 +97,10 @@ def measure(case: Case, repeats: int, console: Console) -> dict[str, Any]:
             str(r["spill_loads"]), f"{row['milliseconds']:.3f}", f"{row['tflops']:.0f}",
         )  # fmt: skip
     console.print(table)
-    return {"case": case.name, "rows": rows}
+    ranks = np.array([row["rank"] for row in rows])
+    correlation = float(np.corrcoef(np.argsort(np.argsort(ranks)), np.arange(len(rows)))[0, 1])
+    console.print(f"rank correlation of model and measurement: {correlation:.2f} over {len(rows)} tilings")
+    return {"case": case.name, "rank_correlation": correlation, "rows": rows}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python docs/make_resources.py
 
-Compiles what the cache lacks, one process per core: minutes the first time. Exits with 1 where a kernel spills.
+Compiles what the cache lacks, one process per core: minutes the first time. Exits with 1 where a kernel spills beyond
+its budget.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from cuflash.plan.shipped import shipped_configs
 
 TARGET = Path(__file__).with_name("resources.md")
 
+# Bytes a thread. Two registers, stored and loaded once a key tile beside hundreds of products (docs/kernel-forward.md).
+SPILL_BUDGETS = {"sm_90": 8}
+
 Row = tuple[str, ...]  # the cells that do not need a compiler
 Measured = dict[Row, dict[str, Resources]]  # by architecture
 
@@ -32,10 +36,11 @@ COMBINE_HEAD = ("head_dim", "states", "warps")
 TEXT = """\
 # What the kernels use
 
-Written by `python docs/make_resources.py`; a test fails when a shipped kernel spills or is missing here.
+Written by `python docs/make_resources.py`; a test fails when a shipped kernel is missing here, or spills beyond its
+budget: {budget} bytes a thread on {measured}, where such tilings were measured to be the fastest, none elsewhere.
 
 Every configuration that the plan chooses for the common problems (`cuflash.plan.shipped`), compiled by
-NVRTC {version}: {count} kernels, {spills}.
+NVRTC {version}: {count} kernels, {spills} of them spilling.
 
 The numbers under the architectures are registers of a thread, the larger of float16 and bfloat16; a dash says that the
 plan chooses another tile there. Tiles are queries x keys x output columns; shared memory is dynamic, per block.
@@ -84,19 +89,24 @@ def document(done: list[tuple[KernelConfig, str, Resources]]) -> str:
     for config, arch, used in done:
         cell = (forward if isinstance(config, ForwardConfig) else combine).setdefault(row(config), {})
         cell[arch] = max(cell.get(arch, used), used, key=lambda resources: (spills(resources), resources.registers))
-    spilling = sum(spills(used) > 0 for _, _, used in done)
     return TEXT.format(
         version=compiler_version(),
         count=len(done),
-        spills=f"{spilling} of them spilling" if spilling else "none of them spilling",
+        spills=sum(spills(used) > 0 for _, _, used in done) or "none",
+        budget=max(SPILL_BUDGETS.values()),
+        measured=", ".join(SPILL_BUDGETS),
         forward=table(FORWARD_HEAD, forward),
         combine=table(COMBINE_HEAD, combine),
     )
 
 
 def spills(used: Resources) -> int:
-    """Bytes of local memory traffic: spilled registers, and arrays that did not fit into registers."""
-    return used.spill_stores + used.spill_loads + used.stack
+    """Bytes of a thread's local memory: spilled registers, and arrays that did not fit into registers."""
+    return used.stack
+
+
+def spill_budget(arch: str) -> int:
+    return SPILL_BUDGETS.get(arch, 0)
 
 
 def table(head: Row, measured: Measured) -> str:
@@ -126,8 +136,8 @@ def main() -> int:
     done = list(track(compile_all(todo), "compiling", total=len(todo)))
     done.sort(key=lambda item: order[item[0], item[1]])
     TARGET.write_text(document(done), encoding="utf-8")
-    spilling = [f"{arch} {config}: {used}" for config, arch, used in done if spills(used)]
-    print("\n".join(spilling) or f"{len(done)} kernels, no spills, in {TARGET}")
+    spilling = [f"{arch} {config}: {used}" for config, arch, used in done if spills(used) > spill_budget(arch)]
+    print("\n".join(spilling) or f"{len(done)} kernels, none beyond its budget, in {TARGET}")
     return 1 if spilling else 0
 
 

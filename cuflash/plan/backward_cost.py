@@ -23,12 +23,12 @@ from cuflash.plan.cost import (
     RESERVED_SHARED,
     SHARED_BYTES,
     SOFTCAP_OPS,
-    TILE_OPS,
 )
 
 BLOCK_FACTS = 96  # bytes in shared memory that say what the block computes
 FLOAT = 4
 ELEMENT = 2
+TILE_OPS = 200  # instructions of a warp per tile, whatever its size
 OPS_PER_PAIR = 8  # of P and dS: fma, difference, product, conversions, their share of the stores
 TILE_LATENCY = 1500  # of one visit from barrier to barrier, for a block that runs alone
 REST_REGISTERS = 62  # of a thread beside its tiles

@@ -10,7 +10,16 @@ from cuflash.errors import ConfigError, InvalidValueError
 from cuflash.options import Options
 from cuflash.plan.arch import Arch
 from cuflash.plan.config import MAX_SPLITS, CombineConfig, ForwardConfig, KernelConfig, round_up
-from cuflash.plan.cost import COMPILER_REGISTERS, MAX_REGISTERS, Work, blocks_per_sm, cycles, registers, shared_bytes
+from cuflash.plan.cost import (
+    ADMITTED_ESTIMATES,
+    COMPILER_REGISTERS,
+    MAX_REGISTERS,
+    Work,
+    blocks_per_sm,
+    cycles,
+    registers,
+    shared_bytes,
+)
 from cuflash.problem import Problem
 
 MAX_BLOCKS = 2**31 - 1
@@ -215,7 +224,8 @@ def partial_store_bytes(head_dim_v: int) -> int:
 
 def _fits(config: ForwardConfig, arch: Arch) -> bool:
     wanted = registers(config) + COMPILER_REGISTERS.get(arch.name, 0)
-    return shared_bytes(config) <= arch.shared_per_block and wanted <= MAX_REGISTERS
+    admitted = ADMITTED_ESTIMATES.get(arch.name, MAX_REGISTERS)
+    return shared_bytes(config) <= arch.shared_per_block and wanted <= admitted
 
 
 def _validate(config: ForwardConfig, required: dict[str, object], num_splits: int | None, arch: Arch) -> None:
