@@ -132,7 +132,7 @@ __device__ __forceinline__ void multiply_shared(float (&sums)[kM][kColumns][4], 
     for (int n = 0; n < C.block_m / 16; ++n) {  // dV += P^T[:, n] dO[n, :]
         LeftFragments<kM, 1> fragments;
         fragments.template load_column<Scores>(a, n, 0);
-        multiply_blocks<C.dtype>(sums, fragments.value[0], columns, 16 * n * Right::kPitch);
+        multiply_blocks<C.dtype, Right>(sums, fragments.value[0], columns, 16 * n * Right::kPitch);
     }
 }
 
@@ -230,7 +230,7 @@ __device__ __forceinline__ void backward(const BackwardParams& params) {
             u32 left[Query::kM][4];
 #pragma unroll
             for (int m = 0; m < Query::kM; ++m) ptx::ldmatrix_x4_trans(left[m], Tiles::S::block(ds, k, m));
-            multiply_blocks<C.dtype>(dQ, left, columns, 16 * k * Tiles::K::kPitch);
+            multiply_blocks<C.dtype, typename Tiles::K>(dQ, left, columns, 16 * k * Tiles::K::kPitch);
         }
         const int head = work.kv_head * params.group + visit.head;
         const int slot = first_query_slot<C>(work) + tiles.tile(visit.position);
@@ -249,24 +249,34 @@ __device__ __forceinline__ void backward(const BackwardParams& params) {
     };
     const auto turn = [&](Visit visit) { return turn_of<C>(params, work, tiles.tile(visit.position) * C.block_m); };
     const bool takes_turns = C.deterministic && has_dk && ptx::thread_index() == 0;
+    const bool passes_turns = C.deterministic && has_dk && ptx::thread_index() == kThreads / 2;
+    const auto pass_turn = [&](Visit done) {
+        if (passes_turns) ptx::store_release(turns(done), turn(done) + 1);
+    };
 
     // P^T and dS^T of one tile of queries, and what of dV and dK a warp computes from its own.
-    const auto visit_tile = [&](Visit visit, int stage) {
+    const auto visit_tile = [&](Visit visit, int stage, Visit next) {
         const KeyPlace<C> here;
         const int first_query = tiles.tile(visit.position) * C.block_m;
         const int column = here.query + 2 * (here.lane % 4);
-        float S[kM][2 * kN][4];
-        SlopeOfCap slope;
+        float S[kM][2 * kN][4], dS[kM][2 * kN][4];
+        const auto multiply_dp = [&] {  // dP^T = V dO^T
+            multiply_rows<C, typename Tiles::V, typename Tiles::O>(dS, shared.v, shared.d_o[stage]);
+        };
         multiply_rows<C, typename Tiles::K, typename Tiles::Q>(S, shared.k, shared.q[stage]);  // S^T = K Q^T
+        if (kStages == 2 && next.head < params.group) load_queries(next, stage ^ 1);
+        if constexpr (Tiles::kExchange) multiply_dp();  // the exponentials of S run under it
+        SlopeOfCap slope;
         const ScoreRule<C, BackwardParams, true> rule(params, work, work.kv_head * params.group + visit.head, tiles.queries,
                                                       work.key_begin + here.key + here.lane / 4, column);
         rule.apply(S, slope, first_query, tiles.cut(first_query, min(first_query + C.block_m, work.len_q)));
         exponentiate(S, shared.lse[stage] + column, rule.multiplier());  // P^T = 2^(S^T - lse)
-        if constexpr (Tiles::kExchange) store_scores<C>(S, shared.p);
-        else if (has_dv) multiply_sums<C, typename Tiles::O>(dV, S, shared.d_o[stage], work.chunk);  // dV += P^T dO
-
-        float dS[kM][2 * kN][4];
-        multiply_rows<C, typename Tiles::V, typename Tiles::O>(dS, shared.v, shared.d_o[stage]);  // dP^T = V dO^T
+        if constexpr (Tiles::kExchange) {
+            store_scores<C>(S, shared.p);
+        } else {
+            if (has_dv) multiply_sums<C, typename Tiles::O>(dV, S, shared.d_o[stage], work.chunk);  // dV += P^T dO
+            multiply_dp();
+        }
         differentiate(dS, S, slope, shared.delta[stage] + column);  // dS^T = P^T (dP^T - delta)
         if (!has_dk) return;
         store_scores<C>(dS, shared.ds);
@@ -290,27 +300,27 @@ __device__ __forceinline__ void backward(const BackwardParams& params) {
         const Visit next = visit.after(tiles.count);
         ptx::cp_async_wait<0>();  // this thread's share of the query tile has landed
         __syncthreads();          // everyone's has; everyone is done with the tile before and has added its dQ
-        if (kStages == 2 && next.head < params.group) load_queries(next, stage ^ 1);
+        if (visit.head + visit.position > 0) pass_turn(visit.before(tiles.count));
+        u32 served = takes_turns ? ptx::load_relaxed(turns(visit)) : 0;  // on its way while the scores are computed
+        visit_tile(visit, stage, next);
         ptx::cp_async_commit();
-        visit_tile(visit, stage);
         if (takes_turns) {
-            if (visit.head + visit.position > 0) {
-                const Visit last = visit.before(tiles.count);
-                ptx::store_release(turns(last), turn(last) + 1);
-            }
-            while (ptx::load_acquire(turns(visit)) != turn(visit)) {}
+            while (served != turn(visit)) served = ptx::load_acquire(turns(visit));
         }
-        __syncthreads();  // P and dS are written; this block may add to dQ; of warps that exchange nothing, Q and dO are free
+        // P and dS are written; this block may add to dQ; of warps that exchange nothing, Q and dO
+        // are free.
+        __syncthreads();
         if (!Tiles::kExchange && kStages == 1 && next.head < params.group) load_queries(next, 0);
         if constexpr (Tiles::kExchange) {
             if (has_dv) {  // dV += P^T dO
                 multiply_shared<C, typename Tiles::O>(dV, shared.p, shared.d_o[stage], work.chunk * (C.block_dv / 16));
             }
+            if (has_dk) add_dq(visit);  // the additions are on their way under the last product
             if (has_dk) {  // dK += dS^T Q
                 multiply_shared<C, typename Tiles::Q>(dK, shared.ds, shared.q[stage], work.chunk * (C.block_d / 16));
             }
         }
-        if (has_dk) add_dq(visit);
+        if (!Tiles::kExchange && has_dk) add_dq(visit);
         if (Tiles::kExchange && kStages == 1 && next.head < params.group) {
             __syncthreads();  // everyone is done with Q and dO
             load_queries(next, 0);
@@ -319,10 +329,7 @@ __device__ __forceinline__ void backward(const BackwardParams& params) {
         visit = next;
     }
     __syncthreads();  // everyone is done with the inputs, whose places dK and dV take, and has added the last dQ
-    if (takes_turns && tiles.count > 0) {
-        const Visit last = visit.before(tiles.count);
-        ptx::store_release(turns(last), turn(last) + 1);
-    }
+    if (tiles.count > 0) pass_turn(visit.before(tiles.count));
 
     const KeyPlace<C> here;
     const int token = work.k_start + work.key_begin;
