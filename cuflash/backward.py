@@ -14,7 +14,6 @@ import numpy as np
 from cuflash import check, forward, records
 from cuflash.check import Packing, Scores
 from cuflash.device import Call, Device, Kernel
-from cuflash.errors import DeviceError
 from cuflash.forward import MAX_PREPARED, Operands, full_bias, normal
 from cuflash.layout import NativeArray, layout
 from cuflash.options import Options
@@ -90,12 +89,10 @@ def _prepare(
 ) -> Prepared:
     q, k, v, bias, *_ = layouts
     problem = check.problem(q, k, v, bias, asked, packing)
-    if bias is not None:
-        raise DeviceError(f"bias is given: must be None for a gradient on {device.arch.name}")
     arrays = {name: array for name, array in zip(Kept._fields, layouts, strict=True) if array is not None}
     copied = [name for name in ("q", "k", "v", "d_o") if not arrays[name].rows_contiguous]
     arrays |= {name: arrays[name].contiguous() for name in copied}
-    if 0 in arrays["lse"].shape or 0 in k.shape[:-1]:
+    if 0 in (problem.batch, problem.num_heads, problem.seqlen_q, problem.seqlen_k):
         return Prepared(tuple(copied), None)
     load_bytes = records.access_bytes(*(arrays[name] for name in ("q", "k", "v", "o", "d_o")))
     gradients = {f"d{name}": array.contiguous() for name, array in zip("qkv", (q, k, v), strict=True)}
@@ -104,8 +101,11 @@ def _prepare(
         device.arch,
         load_bytes=load_bytes,
         store_bytes=records.access_bytes(*gradients.values()),
+        bias_shape=None if bias is None else records.bias_shape(bias),
         options=options,
     )
+    if bias is not None:
+        gradients["dbias"] = bias.contiguous()
     words = records.as_words(records.backward_record(problem, plan, arrays | gradients))
     workspaces = (
         ("row_lse", plan.row_shape, FLOAT32),
@@ -142,7 +142,7 @@ def _launch(
         cu_seqlens_q, cu_seqlens_k = device.indices(operands.cu_seqlens_q), device.indices(operands.cu_seqlens_k)
         words[AT["cu_seqlens_q"]] = call.read(cu_seqlens_q, "cu_seqlens_q")
         words[AT["cu_seqlens_k"]] = call.read(cu_seqlens_k, "cu_seqlens_k")
-    for name, array in zip(("dq", "dk", "dv"), gradients, strict=False):
+    for name, array in zip(("dq", "dk", "dv", "dbias"), gradients, strict=False):
         words[AT[name]] = call.write(array, name)
     for name, shape, dtype in launches.workspaces:
         words[AT[name]] = call.workspace(shape, dtype, name)

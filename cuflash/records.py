@@ -58,6 +58,11 @@ def bias_strides(bias: Layout) -> tuple[int, int, int, int]:
     return (*(0,) * (4 - len(bias.shape)), *strides)  # type: ignore[return-value]
 
 
+def bias_shape(bias: Layout) -> tuple[int, int, int, int]:
+    """(batch, head, query, key), 1 where it lacks the axis."""
+    return (*(1,) * (4 - len(bias.shape)), *bias.shape)  # type: ignore[return-value]
+
+
 class Partials(NamedTuple):
     """C-contiguous float32 states of a split plan, the split axis first; strides in elements."""
 
@@ -143,13 +148,15 @@ def backward_record(problem: Problem, plan: BackwardPlan, arrays: Mapping[str, L
     """Parameters that the launches of a backward pass share; `arrays` by name, those that are absent left out."""
     record = np.zeros((), BACKWARD_PARAMS)
     for name, array in arrays.items():
-        if name == "bias":
+        if name in ("bias", "dbias"):
             strides: Sequence[int] = bias_strides(array)
         elif name in ("lse", "d_lse"):
             strides = lse_strides(in_elements(name, array))
         else:
             strides = token_strides(name, array)
         record[f"{name}_strides"] = strides
+    if "dbias" in arrays:
+        record["dbias_shape"] = bias_shape(arrays["dbias"])
     _set_problem(record, problem)
     record["q_tiles"], record["k_tiles"] = plan.q_tiles, plan.k_tiles
     return record

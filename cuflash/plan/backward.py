@@ -10,18 +10,33 @@ from typing import Any
 from cuflash.errors import ConfigError, InvalidValueError
 from cuflash.options import Options
 from cuflash.plan.arch import Arch
-from cuflash.plan.backward_cost import backward_shared_bytes, clocks_per_pair, column_chunks, dq_tile_floats, fits
-from cuflash.plan.config import BackwardConfig, FinishConfig, PrepareConfig, round_up
+from cuflash.plan.backward_cost import (
+    backward_shared_bytes,
+    bias_gradient_shared_bytes,
+    clocks_per_pair,
+    column_chunks,
+    dq_tile_floats,
+    fits,
+)
+from cuflash.plan.config import (
+    BackwardConfig,
+    BiasGradientConfig,
+    FinishConfig,
+    KernelConfig,
+    PrepareConfig,
+    round_up,
+)
 from cuflash.plan.forward import FEW_ROWS, MAX_BLOCKS, Launch, required_fields
 from cuflash.problem import Problem
 
+BIAS_TILES = ((64, 64, 4), (32, 64, 4), (16, 64, 4), (16, 32, 2))  # block_m, block_n, warps: the first that fits
 WARPS_AND_KEYS = ((8, 8, 128), (8, 4, 128), (8, 4, 64), (4, 4, 64), (4, 2, 64), (2, 2, 32))  # warps, key warps, block_n
 COLUMNS = (256, 128, 64)  # of dq, dk and dv that a block computes at most, where not all
 
 
 @dataclass(frozen=True)
 class BackwardPlan:
-    """The launches of a pullback in their order, those of no blocks left out, and the workspaces that they share.
+    """The launches of a pullback in their order and the workspaces that they share.
 
     The first axis of a shape is the batch entry, of one element if packed.
     """
@@ -35,7 +50,13 @@ class BackwardPlan:
 
 
 def plan_backward(
-    problem: Problem, arch: Arch, *, load_bytes: int, store_bytes: int, options: Options | None = None
+    problem: Problem,
+    arch: Arch,
+    *,
+    load_bytes: int,
+    store_bytes: int,
+    bias_shape: tuple[int, int, int, int] | None = None,
+    options: Options | None = None,
 ) -> BackwardPlan:
     """The configuration that the cost model finds cheapest. No length, batch or number of heads decides, but for
     whether there are more than FEW_ROWS queries.
@@ -48,6 +69,8 @@ def plan_backward(
         What the kernels are compiled for.
     load_bytes, store_bytes : int
         Widest access, 2 to 16, that every row of q, k, v, out and its cotangent, and of dq, dk and dv, is aligned to.
+    bias_shape : tuple, optional
+        Of the bias in the array's own lengths, (batch, num_heads, seqlen_q, seqlen_k) or 1 where it is broadcast.
     options : Options, optional
         An explicit configuration; whether the order of additions to dq is fixed.
 
@@ -65,7 +88,7 @@ def plan_backward(
         config = _best_config(tuple(required.items()), arch, problem.seqlen_q <= FEW_ROWS)
     else:
         _validate(config, required, arch)
-    return _plan(problem, config)
+    return _plan(problem, config, arch, bias_shape)
 
 
 @cache
@@ -123,20 +146,24 @@ def _validate(config: BackwardConfig, required: dict[str, Any], arch: Arch) -> N
         )
 
 
-def _plan(problem: Problem, config: BackwardConfig) -> BackwardPlan:
+def _plan(
+    problem: Problem, config: BackwardConfig, arch: Arch, bias_shape: tuple[int, int, int, int] | None
+) -> BackwardPlan:
     q_tiles = _tiles(problem, problem.seqlen_q, problem.total_q, config.block_m)
     k_tiles = _tiles(problem, problem.seqlen_k, problem.total_k, config.block_n)
     batch = 1 if problem.varlen else problem.batch
     dq_chunks = -(-config.head_dim // config.block_d)
     same = {field.name: getattr(config, field.name) for field in fields(config)}
     query_tiles = q_tiles * batch * problem.num_heads
-    blocks = {
-        PrepareConfig(**same): query_tiles,
-        config: k_tiles * batch * problem.num_kv_heads * column_chunks(config),
-        FinishConfig(**same): query_tiles * dq_chunks,
-    }
+    launches = [
+        _launch(PrepareConfig(**same), query_tiles, 0),
+        _launch(config, k_tiles * batch * problem.num_kv_heads * column_chunks(config), backward_shared_bytes(config)),
+        _launch(FinishConfig(**same), query_tiles * dq_chunks, 0),
+    ]
+    if bias_shape is not None:
+        launches.append(_bias_launch(config, arch, bias_shape))
     return BackwardPlan(
-        tuple(_launch(config, count) for config, count in blocks.items() if count),
+        tuple(launches),
         q_tiles,
         k_tiles,
         (batch, problem.num_heads, q_tiles * config.block_m),
@@ -150,8 +177,22 @@ def _tiles(problem: Problem, length: int, total: int | None, block: int) -> int:
     return -(-length // block) if total is None else total // block + problem.batch + 1
 
 
-def _launch(config: BackwardConfig, blocks: int) -> Launch:
+def _bias_launch(config: BackwardConfig, arch: Arch, shape: tuple[int, int, int, int]) -> Launch:
+    """The gradient of a bias, with the largest tiles whose inputs fit the shared memory."""
+    for block_m, block_n, num_warps in BIAS_TILES:
+        tiled = BiasGradientConfig(
+            dtype=config.dtype, bias_dtype=config.bias_dtype, head_dim=config.head_dim, head_dim_v=config.head_dim_v,
+            block_m=min(block_m, config.block_m), block_n=block_n, row_block=config.block_m, num_warps=num_warps,
+            load_bytes=config.load_bytes, windowed=config.windowed, softcapped=config.softcapped, varlen=config.varlen,
+        )  # fmt: skip
+        shared = bias_gradient_shared_bytes(tiled)
+        if shared <= arch.shared_per_block:
+            break
+    batch, heads, rows, columns = shape
+    return _launch(tiled, batch * heads * -(-rows // tiled.block_m) * -(-columns // tiled.block_n), shared)
+
+
+def _launch(config: KernelConfig, blocks: int, shared: int) -> Launch:
     if blocks > MAX_BLOCKS:
         raise InvalidValueError(f"grid = {blocks} blocks: must be at most 2**31 - 1; ask for fewer rows in one call")
-    shared = backward_shared_bytes(config) if config.family == "backward" else 0
     return Launch(config, (blocks, 1, 1), (config.threads, 1, 1), shared)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from cuflash.plan.arch import Arch
-from cuflash.plan.config import BackwardConfig, round_up
+from cuflash.plan.config import BackwardConfig, BiasGradientConfig, round_up
 from cuflash.plan.cost import (
     BARRIER_CLOCKS,
     BIAS_OPS,
@@ -87,7 +87,14 @@ def backward_shared_bytes(config: BackwardConfig) -> int:
     return ELEMENT * tiles + 2 * config.num_stages * config.block_m * FLOAT + BLOCK_FACTS
 
 
-def _depth(config: BackwardConfig) -> int:
+def bias_gradient_shared_bytes(config: BiasGradientConfig) -> int:
+    """Dynamic shared memory of a block: `sizeof(BiasGradientShared)` of the kernel."""
+    inputs = ELEMENT * (config.block_m + config.block_n) * _depth(config)
+    sums = FLOAT * config.block_n * (config.block_m + 1)
+    return max(inputs, sums) + 2 * FLOAT * config.block_m
+
+
+def _depth(config: BackwardConfig | BiasGradientConfig) -> int:
     """Columns of the tiles of q and do, or k and v, together."""
     return round_up(config.head_dim, 16) + round_up(config.head_dim_v, 16)
 

@@ -171,6 +171,60 @@ class FinishConfig(BackwardConfig):
 
 
 @dataclass(frozen=True)
+class BiasGradientConfig:
+    """Compile-time constants of the kernel that computes the gradient of a bias, after the backward kernels.
+
+    A block owns block_m rows and block_n columns of the gradient, or one where the bias has one, and visits every tile
+    of scores that they are added to.
+    """
+
+    dtype: str  # q, k, v and the cotangent of out: float16 or bfloat16
+    bias_dtype: str
+    head_dim: int
+    head_dim_v: int
+    block_m: int
+    block_n: int
+    row_block: int  # block_m of the backward kernels
+    num_warps: int
+    load_bytes: int
+    windowed: bool
+    softcapped: bool
+    varlen: bool
+
+    family = "bias_gradient"
+
+    def __post_init__(self) -> None:
+        def require(condition: bool, field: str, must: str) -> None:
+            if not condition:
+                raise ConfigError(f"BiasGradientConfig.{field} = {getattr(self, field)!r}: must be {must}")
+
+        require(self.dtype in ELEMENT_NAMES[1:3], "dtype", "float16 or bfloat16")
+        require(self.bias_dtype in ARRAY_DTYPES, "bias_dtype", f"one of {ARRAY_DTYPES}")
+        require(1 <= self.head_dim <= 512, "head_dim", "1 to 512")
+        require(1 <= self.head_dim_v <= 512, "head_dim_v", "1 to 512")
+        require(self.block_m in (16, 32, 64, 128), "block_m", "16, 32, 64 or 128")
+        require(self.num_warps in (1, 2, 4, 8), "num_warps", "1, 2, 4 or 8")
+        require(
+            self.block_n > 0 and self.block_n % (16 * self.num_warps) == 0,
+            "block_n",
+            f"a multiple of 16 * num_warps = {16 * self.num_warps}",
+        )
+        require(self.row_block % self.block_m == 0, "row_block", f"a multiple of block_m = {self.block_m}")
+        require(self.load_bytes in (2, 4, 8, 16), "load_bytes", "2, 4, 8 or 16")
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.num_warps
+
+    @property
+    def entry(self) -> str:
+        return f"cuflash_bias_gradient_d{self.head_dim}_{self.head_dim_v}_{self.block_m}x{self.block_n}"
+
+    def unit(self) -> str:
+        return _unit(self, "bias_gradient", f"__launch_bounds__({self.threads}, 1)", "BiasGradient")
+
+
+@dataclass(frozen=True)
 class CombineConfig:
     """Compile-time constants of the kernel that merges partial attention states (split keys, `merge_states`)."""
 
@@ -201,7 +255,7 @@ class CombineConfig:
         return _unit(self, "combine", f"__launch_bounds__({self.threads})", "Combine")
 
 
-KernelConfig = ForwardConfig | BackwardConfig | CombineConfig
+KernelConfig = ForwardConfig | BackwardConfig | BiasGradientConfig | CombineConfig
 
 
 def _unit(config: KernelConfig, family: str, bounds: str, record: str) -> str:

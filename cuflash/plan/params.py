@@ -79,6 +79,7 @@ BACKWARD_PARAMS = np.dtype(
         ("dq", np.uint64),
         ("dk", np.uint64),
         ("dv", np.uint64),
+        ("dbias", np.uint64),
         ("row_lse", np.uint64),  # float32 workspace, see `cuflash.plan.backward.Workspaces`
         ("row_delta", np.uint64),  # float32 workspace
         ("dq_sum", np.uint64),  # float32 workspace
@@ -96,6 +97,8 @@ BACKWARD_PARAMS = np.dtype(
         ("lse_strides", np.int64, 3),  # batch, head, token
         ("d_lse_strides", np.int64, 3),
         ("bias_strides", np.int64, 4),  # batch, head, query, key
+        ("dbias_strides", np.int64, 4),
+        ("dbias_shape", np.int32, 4),  # packed: its last two axes may be longer than any sequence
         ("scale", np.float32),
         ("softcap", np.float32),
         ("batch", np.int32),

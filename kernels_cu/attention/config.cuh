@@ -45,6 +45,21 @@ struct BackwardConfig {
     bool deterministic;  // key tiles add to dq in their order
 };
 
+struct BiasGradientConfig {
+    Element dtype;       // q, k, v, do
+    Element bias_dtype;  // and dbias
+    int head_dim;
+    int head_dim_v;
+    int block_m;     // queries, and
+    int block_n;     // keys of a tile of scores; where the bias has both axes, a block owns such a tile of it
+    int row_block;   // block_m of the backward pass, by which rows lie in its workspaces; a multiple of this one's
+    int num_warps;
+    int load_bytes;  // widest access that every row of q, k, v and do is aligned to
+    bool windowed;
+    bool softcapped;
+    bool varlen;
+};
+
 struct CombineConfig {
     Element state_dtype;
     Element out_dtype;

@@ -55,6 +55,7 @@ struct BackwardParams {
     u16* dq;
     u16* dk;
     u16* dv;
+    void* dbias;              // (batch, num_heads, seqlen_q, seqlen_k), each axis of that length or 1: see dbias_shape
     float* row_lse;           // workspace (batch, num_heads, R): lse in base 2; +inf for rows that see nothing
     float* row_delta;         // workspace (batch, num_heads, R): rowsum(do o) - d_lse
     float* dq_sum;            // workspace (batch, num_heads, q_tiles, chunks, block_m * block_d): dq / scale
@@ -72,6 +73,8 @@ struct BackwardParams {
     i64 lse_strides[3];    // batch, head, token
     i64 d_lse_strides[3];
     i64 bias_strides[4];   // batch, head, query, key; 0 where broadcast
+    i64 dbias_strides[4];
+    int dbias_shape[4];    // packed: its last two axes may be longer than any sequence
     float scale;
     float softcap;
     int batch;

@@ -55,7 +55,7 @@ struct QueryTiles {
     Span full;     // queries that see every key of the tile
     int first, count;
 
-    template <BackwardConfig C>
+    template <auto C>
     static __device__ __forceinline__ QueryTiles of(const BackwardParams& params, const KeyWork& work) {
         const Window window(params, work);
         const int key_end = min(work.key_begin + C.block_n, work.len_k);
@@ -76,8 +76,13 @@ struct QueryTiles {
 
     __device__ __forceinline__ int tile(int position) const { return first + count - 1 - position; }
 
-    // Whether a mask hides a key of the tile from a query in [begin, end).
-    __device__ __forceinline__ bool cut(int begin, int end) const { return begin < full.begin || end > full.end; }
+    // Whether a mask hides a key of the tile from one of the block_m queries from `begin` on. Queries past the last need
+    // none, P = 0 by their lse; but a bias they have not.
+    template <auto C>
+    __device__ __forceinline__ bool cut(int begin, int len_q) const {
+        const int end = C.bias_dtype != Element::none ? begin + C.block_m : min(begin + C.block_m, len_q);
+        return begin < full.begin || end > full.end;
+    }
 };
 
 // How many key tiles add to the dq of a query tile before this one.

@@ -269,7 +269,7 @@ __device__ __forceinline__ void backward(const BackwardParams& params) {
         SlopeOfCap slope;
         const ScoreRule<C, BackwardParams, true> rule(params, work, work.kv_head * params.group + visit.head, tiles.queries,
                                                       work.key_begin + here.key + here.lane / 4, column);
-        rule.apply(S, slope, first_query, tiles.cut(first_query, min(first_query + C.block_m, work.len_q)));
+        rule.apply(S, slope, first_query, tiles.cut<C>(first_query, work.len_q));
         exponentiate(S, shared.lse[stage] + column, rule.multiplier());  // P^T = 2^(S^T - lse)
         if constexpr (Tiles::kExchange) {
             store_scores<C>(S, shared.p);
