@@ -60,6 +60,8 @@ def run(
     device: Device | None, operands: Operands, asked: Scores, packing: Packing | None, options: Options | None
 ) -> tuple[NativeArray, NativeArray, Pullback]:
     """out, lse, and what turns their cotangents (dlse: or None) into the gradients of q, k, v and, if given, bias."""
+    if device is not None:
+        check.check_gradient_limits(operands.q.dtype, device.arch)
     out, lse = forward.run(device, operands, asked, packing, True, options)
     q, k, v, bias, *_ = operands
 

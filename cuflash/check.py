@@ -25,6 +25,7 @@ DTYPE_NAMES: dict[np.dtype, str] = {
 }
 _DTYPES = ", ".join(DTYPE_NAMES.values())
 KERNEL_DTYPES = ("float16", "bfloat16")
+KERNEL_GRADIENT_DTYPES = ("float16", "bfloat16")
 KERNEL_BIAS_DTYPES = ("float16", "bfloat16", "float32")
 MAX_KERNEL_HEAD_DIM = 512
 MAX_LENGTH = 2**31 - 1  # kernels count tokens in int32
@@ -231,6 +232,16 @@ def check_kernel_limits(asked: Problem, arch: Arch) -> None:
     ):
         if length > MAX_LENGTH:
             raise InvalidShapeError(f"{name} = {length}: must be at most {MAX_LENGTH} on {arch.name}")
+
+
+def check_gradient_limits(dtype: np.dtype, arch: Arch) -> None:
+    """What the kernels of the backward pass cannot take but those of the forward pass can."""
+    name = DTYPE_NAMES.get(dtype)
+    if name in KERNEL_DTYPES and name not in KERNEL_GRADIENT_DTYPES:
+        raise InvalidDtypeError(
+            f"q.dtype = {dtype}: must be {' or '.join(KERNEL_GRADIENT_DTYPES)} for gradients on {arch.name}; "
+            "cast q, k and v to one"
+        )
 
 
 def check_out(out: Layout, shape: tuple[int, ...], dtype: np.dtype) -> None:

@@ -53,16 +53,16 @@ def vjp(function: Callable[..., Any], *arrays: Any, **keywords: Any) -> tuple[An
         one) and returns the gradients of the float arrays: (dq, dk, dv), with a bias (dq, dk, dv, dbias), of
         `merge_states` (douts, dlses), each of the kind, shape and dtype of what it is a gradient of. The gradient of a
         bias is summed over the axes that it is broadcast over, that of k and v over the query heads that share them. It
-        may be called any number of times, and gives the same bits each time.
+        may be called any number of times, and gives the same bits each time unless ``options.deterministic`` is False.
 
     Raises
     ------
     InvalidTypeError
         `function` has no pullback, does not take these arguments, or a cotangent is of another kind than the result.
     InvalidShapeError, InvalidDtypeError
-        A cotangent is not like the result.
+        A cotangent is not like the result; or kernels are asked for a gradient in float32 or float64.
     DeviceError
-        Arrays are on a GPU, or within `cuflash.emulate`: gradients of cuflash's own functions run on the CPU so far.
+        A cotangent is on another device than the result.
     CuflashError
         What the function itself raises. Nothing was computed or written.
 
@@ -72,6 +72,11 @@ def vjp(function: Callable[..., Any], *arrays: Any, **keywords: Any) -> tuple[An
     tile by tile (FlashAttention-2; Dao 2023), in memory linear in the sequence lengths. Neither the arrays nor the
     result may be changed before its last call. Queries that see no key have the gradient 0, and so have keys that no
     query sees, whatever they hold. Sums are in float32, in float64 for float64.
+
+    On a GPU gradients are of float16 and bfloat16. Key tiles add their parts of dq to sums in memory, four bytes an
+    element of dq, each in its turn, so that the bits are the same every time. NaN and infinities of keys and values
+    also reach other queries of a tile, as in `attention`. The gradient of a bias computes the scores once more; for a
+    bias that is broadcast along both sequences it keeps few multiprocessors busy.
 
     Examples
     --------

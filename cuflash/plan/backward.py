@@ -10,27 +10,14 @@ from typing import Any
 from cuflash.errors import ConfigError, InvalidValueError
 from cuflash.options import Options
 from cuflash.plan.arch import Arch
-from cuflash.plan.backward_cost import (
-    backward_shared_bytes,
-    bias_gradient_shared_bytes,
-    clocks_per_pair,
-    column_chunks,
-    dq_tile_floats,
-    fits,
-)
-from cuflash.plan.config import (
-    BackwardConfig,
-    BiasGradientConfig,
-    FinishConfig,
-    KernelConfig,
-    PrepareConfig,
-    round_up,
-)
+from cuflash.plan.backward_cost import clocks_per_pair, column_chunks, dq_tile_floats, fits, shared_bytes
+from cuflash.plan.config import BackwardConfig, BiasGradientConfig, FinishConfig, PrepareConfig, round_up
 from cuflash.plan.forward import FEW_ROWS, MAX_BLOCKS, Launch, required_fields
 from cuflash.problem import Problem
 
 BIAS_TILES = ((64, 64, 4), (32, 64, 4), (16, 64, 4), (16, 32, 2))  # block_m, block_n, warps: the first that fits
 WARPS_AND_KEYS = ((8, 8, 128), (8, 4, 128), (8, 4, 64), (4, 4, 64), (4, 2, 64), (2, 2, 32))  # warps, key warps, block_n
+NEUTRAL = {"bias_dtype": "none", "windowed": False, "softcapped": False, "deterministic": True}  # before and after
 COLUMNS = (256, 128, 64)  # of dq, dk and dv that a block computes at most, where not all
 
 
@@ -106,7 +93,7 @@ def ranked_backward_configs(problem: Problem, arch: Arch, *, load_bytes: int, st
     few_rows = problem.seqlen_q <= FEW_ROWS
     required = required_fields(problem, load_bytes, store_bytes) | {"deterministic": True}
     configs = _candidates(required, few_rows)
-    fitting = [config for config in configs if backward_shared_bytes(config) <= arch.shared_per_block]
+    fitting = [config for config in configs if shared_bytes(config) <= arch.shared_per_block]
     return sorted(fitting, key=lambda config: _rank(config, arch, few_rows))
 
 
@@ -138,7 +125,7 @@ def _validate(config: BackwardConfig, required: dict[str, Any], arch: Arch) -> N
         elif given != value:
             where = "options.deterministic is" if field == "deterministic" else "the problem has it"
             raise ConfigError(f"{name} = {given!r}: must be {value!r}, as {where}")
-    shared = backward_shared_bytes(config)
+    shared = shared_bytes(config)
     if shared > arch.shared_per_block:
         raise ConfigError(
             f"options.backward_config = {config}: takes {shared} bytes of shared memory, must be at most "
@@ -153,12 +140,12 @@ def _plan(
     k_tiles = _tiles(problem, problem.seqlen_k, problem.total_k, config.block_n)
     batch = 1 if problem.varlen else problem.batch
     dq_chunks = -(-config.head_dim // config.block_d)
-    same = {field.name: getattr(config, field.name) for field in fields(config)}
+    same = {field.name: getattr(config, field.name) for field in fields(config)} | NEUTRAL
     query_tiles = q_tiles * batch * problem.num_heads
     launches = [
-        _launch(PrepareConfig(**same), query_tiles, 0),
-        _launch(config, k_tiles * batch * problem.num_kv_heads * column_chunks(config), backward_shared_bytes(config)),
-        _launch(FinishConfig(**same), query_tiles * dq_chunks, 0),
+        _launch(PrepareConfig(**same), query_tiles),
+        _launch(config, k_tiles * batch * problem.num_kv_heads * column_chunks(config)),
+        _launch(FinishConfig(**same), query_tiles * dq_chunks),
     ]
     if bias_shape is not None:
         launches.append(_bias_launch(config, arch, bias_shape))
@@ -185,14 +172,13 @@ def _bias_launch(config: BackwardConfig, arch: Arch, shape: tuple[int, int, int,
             block_m=min(block_m, config.block_m), block_n=block_n, row_block=config.block_m, num_warps=num_warps,
             load_bytes=config.load_bytes, windowed=config.windowed, softcapped=config.softcapped, varlen=config.varlen,
         )  # fmt: skip
-        shared = bias_gradient_shared_bytes(tiled)
-        if shared <= arch.shared_per_block:
+        if shared_bytes(tiled) <= arch.shared_per_block:
             break
     batch, heads, rows, columns = shape
-    return _launch(tiled, batch * heads * -(-rows // tiled.block_m) * -(-columns // tiled.block_n), shared)
+    return _launch(tiled, batch * heads * -(-rows // tiled.block_m) * -(-columns // tiled.block_n))
 
 
-def _launch(config: KernelConfig, blocks: int, shared: int) -> Launch:
+def _launch(config: BackwardConfig | BiasGradientConfig, blocks: int) -> Launch:
     if blocks > MAX_BLOCKS:
         raise InvalidValueError(f"grid = {blocks} blocks: must be at most 2**31 - 1; ask for fewer rows in one call")
-    return Launch(config, (blocks, 1, 1), (config.threads, 1, 1), shared)
+    return Launch(config, (blocks, 1, 1), (config.threads, 1, 1), shared_bytes(config))

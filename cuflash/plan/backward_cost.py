@@ -77,21 +77,20 @@ def dq_tile_floats(config: BackwardConfig) -> int:
     return config.num_warps * own.dq_rows * own.dq_columns * 256
 
 
-def backward_shared_bytes(config: BackwardConfig) -> int:
-    """Dynamic shared memory of a block: `sizeof(BackwardShared)` of the kernel."""
+def shared_bytes(config: BackwardConfig | BiasGradientConfig) -> int:
+    """Dynamic shared memory of a block: `sizeof(BackwardShared)` or `sizeof(BiasGradientShared)` of the kernels."""
+    if isinstance(config, BiasGradientConfig):
+        inputs = ELEMENT * (config.block_m + config.block_n) * _depth(config)
+        sums = FLOAT * config.block_n * (config.block_m + 1)
+        return max(inputs, sums) + 2 * FLOAT * config.block_m
+    if config.family != "backward":
+        return 0
     own = shares(config)
-    inputs = (config.block_n + config.num_stages * config.block_m) * _depth(config)
+    tiles = (config.block_n + config.num_stages * config.block_m) * _depth(config)
     outputs = config.num_warps * own.keys * (own.dk_columns + own.dv_columns) * 256
     scores = config.block_n * config.block_m
-    tiles = max(inputs, outputs) + scores + (scores if own.exchange else 8)
-    return ELEMENT * tiles + 2 * config.num_stages * config.block_m * FLOAT + BLOCK_FACTS
-
-
-def bias_gradient_shared_bytes(config: BiasGradientConfig) -> int:
-    """Dynamic shared memory of a block: `sizeof(BiasGradientShared)` of the kernel."""
-    inputs = ELEMENT * (config.block_m + config.block_n) * _depth(config)
-    sums = FLOAT * config.block_n * (config.block_m + 1)
-    return max(inputs, sums) + 2 * FLOAT * config.block_m
+    elements = max(tiles, outputs) + scores + (scores if own.exchange else 8)
+    return ELEMENT * elements + 2 * config.num_stages * config.block_m * FLOAT + BLOCK_FACTS
 
 
 def _depth(config: BackwardConfig | BiasGradientConfig) -> int:
@@ -111,7 +110,7 @@ def registers(config: BackwardConfig, arch: Arch) -> int:
 
 def fits(config: BackwardConfig, arch: Arch) -> bool:
     """Whether a block has the shared memory and its threads the registers that it needs."""
-    return backward_shared_bytes(config) <= arch.shared_per_block and registers(config, arch) <= MAX_REGISTERS
+    return shared_bytes(config) <= arch.shared_per_block and registers(config, arch) <= MAX_REGISTERS
 
 
 def blocks_per_sm(config: BackwardConfig, arch: Arch) -> int:
@@ -120,7 +119,7 @@ def blocks_per_sm(config: BackwardConfig, arch: Arch) -> int:
     return min(
         MAX_BLOCKS_PER_SM,
         arch.max_warps_per_sm // config.num_warps,
-        arch.shared_per_sm // (backward_shared_bytes(config) + RESERVED_SHARED),
+        arch.shared_per_sm // (shared_bytes(config) + RESERVED_SHARED),
         REGISTERS_PER_SM // (per_thread * config.threads),
     )
 
