@@ -307,20 +307,19 @@ __device__ __forceinline__ void backward(const BackwardParams& params) {
         if (takes_turns) {
             while (served != turn(visit)) served = ptx::load_acquire(turns(visit));
         }
-        // P and dS are written; this block may add to dQ; of warps that exchange nothing, Q and dO
-        // are free.
-        __syncthreads();
+        __syncthreads();  // P and dS are written; this block may add to dQ; of warps that exchange nothing, Q and dO are free
         if (!Tiles::kExchange && kStages == 1 && next.head < params.group) load_queries(next, 0);
         if constexpr (Tiles::kExchange) {
             if (has_dv) {  // dV += P^T dO
                 multiply_shared<C, typename Tiles::O>(dV, shared.p, shared.d_o[stage], work.chunk * (C.block_dv / 16));
             }
-            if (has_dk) add_dq(visit);  // the additions are on their way under the last product
+            // Early, so that the additions are done when the turn is passed; else last, which is a little faster.
+            if (C.deterministic && has_dk) add_dq(visit);
             if (has_dk) {  // dK += dS^T Q
                 multiply_shared<C, typename Tiles::Q>(dK, shared.ds, shared.q[stage], work.chunk * (C.block_d / 16));
             }
         }
-        if (!Tiles::kExchange && has_dk) add_dq(visit);
+        if (!(Tiles::kExchange && C.deterministic) && has_dk) add_dq(visit);
         if (Tiles::kExchange && kStages == 1 && next.head < params.group) {
             __syncthreads();  // everyone is done with Q and dO
             load_queries(next, 0);
