@@ -17,9 +17,9 @@ from rich.progress import track
 from cuflash.jit import Resources
 from cuflash.jit.ahead import compile_all
 from cuflash.jit.compiler import compiler_version
+from cuflash.plan import backward_cost, cost
 from cuflash.plan.arch import ARCHS
-from cuflash.plan.config import CombineConfig, ForwardConfig, KernelConfig
-from cuflash.plan.cost import shared_bytes
+from cuflash.plan.config import BackwardConfig, BiasGradientConfig, CombineConfig, ForwardConfig, KernelConfig
 from cuflash.plan.shipped import shipped_configs
 
 TARGET = Path(__file__).with_name("resources.md")
@@ -30,8 +30,14 @@ SPILL_BUDGETS = {"sm_90": 8}
 Row = tuple[str, ...]  # the cells that do not need a compiler
 Measured = dict[Row, dict[str, Resources]]  # by architecture
 
-FORWARD_HEAD = ("head_dim", "features", "tile", "warps", "stages", "Q in registers", "shared KiB")
-COMBINE_HEAD = ("head_dim", "states", "warps")
+HEADS: dict[str, Row] = {  # by family of kernels
+    "forward": ("head_dim", "features", "tile", "warps", "stages", "Q in registers", "shared KiB"),
+    "combine": ("head_dim", "states", "warps"),
+    "backward": ("head_dim", "features", "tile", "columns", "warps (along keys)", "stages", "shared KiB"),
+    "prepare": ("head_dim", "features", "queries", "warps"),
+    "finish": ("head_dim", "features", "queries", "columns", "warps"),
+    "bias_gradient": ("head_dim", "features", "tile", "warps", "shared KiB"),
+}
 
 TEXT = """\
 # What the kernels use
@@ -52,30 +58,60 @@ plan chooses another tile there. Tiles are queries x keys x output columns; shar
 ## Combine
 
 {combine}
+
+## Backward
+
+Tiles are queries x keys; columns are those of dq, dk and dv that a block computes.
+
+{backward}
+
+## Before and after it
+
+{prepare}
+
+{finish}
+
+## Gradient of the bias
+
+{bias_gradient}
 """
 
 
 def row(config: KernelConfig) -> Row:
-    """What identifies a kernel in the tables; both dtypes share a row."""
+    """What identifies a kernel in the table of its family; both dtypes share a row."""
     if isinstance(config, CombineConfig):
         states = "float32" if config.state_dtype == "float32" else "as the output"
         return str(config.head_dim_v), states, str(config.num_warps)
-    features = {
+    first, warps = (str(config.head_dim), features(config)), str(config.num_warps)
+    tile, shared = f"{config.block_m} x {config.block_n}", f"{shared_bytes(config) / 1024:.1f}"
+    if isinstance(config, ForwardConfig):
+        in_registers = "yes" if config.q_in_registers else "no"
+        return *first, f"{tile} x {config.block_dv}", warps, str(config.num_stages), in_registers, shared
+    if isinstance(config, BiasGradientConfig):
+        return *first, tile, warps, shared
+    if config.family == "prepare":
+        return *first, str(config.block_m), warps
+    if config.family == "finish":
+        return *first, str(config.block_m), str(config.block_d), warps
+    return *first, tile, str(config.block_d), f"{warps} ({config.key_warps})", str(config.num_stages), shared
+
+
+def features(config: ForwardConfig | BackwardConfig | BiasGradientConfig) -> str:
+    present = {
         "bias": config.bias_dtype != "none",
         "window": config.windowed,
         "softcap": config.softcapped,
         "varlen": config.varlen,
-        "split": config.split,
+        "split": getattr(config, "split", False),
     }
-    return (
-        str(config.head_dim),
-        ", ".join(name for name, present in features.items() if present) or "plain",
-        f"{config.block_m} x {config.block_n} x {config.block_dv}",
-        str(config.num_warps),
-        str(config.num_stages),
-        "yes" if config.q_in_registers else "no",
-        f"{shared_bytes(config) / 1024:.1f}",
-    )
+    return ", ".join(name for name, is_present in present.items() if is_present) or "plain"
+
+
+def shared_bytes(config: KernelConfig) -> int:
+    """Dynamic shared memory of a block."""
+    if isinstance(config, BackwardConfig | BiasGradientConfig):
+        return backward_cost.shared_bytes(config)
+    return cost.shared_bytes(config)
 
 
 def jobs() -> list[tuple[KernelConfig, str]]:
@@ -84,19 +120,17 @@ def jobs() -> list[tuple[KernelConfig, str]]:
 
 def document(done: list[tuple[KernelConfig, str, Resources]]) -> str:
     """The text of resources.md."""
-    forward: Measured = {}
-    combine: Measured = {}
+    tables: dict[str, Measured] = {family: {} for family in HEADS}
     for config, arch, used in done:
-        cell = (forward if isinstance(config, ForwardConfig) else combine).setdefault(row(config), {})
-        cell[arch] = max(cell.get(arch, used), used, key=lambda resources: (spills(resources), resources.registers))
+        by_arch = tables[config.family].setdefault(row(config), {})
+        by_arch[arch] = max(by_arch.get(arch, used), used, key=lambda cell: (spills(cell), cell.registers))
     return TEXT.format(
         version=compiler_version(),
         count=len(done),
         spills=sum(spills(used) > 0 for _, _, used in done) or "none",
         budget=max(SPILL_BUDGETS.values()),
         measured=", ".join(SPILL_BUDGETS),
-        forward=table(FORWARD_HEAD, forward),
-        combine=table(COMBINE_HEAD, combine),
+        **{family: table(head, tables[family]) for family, head in HEADS.items()},
     )
 
 

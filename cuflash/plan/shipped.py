@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import gcd
 
-from cuflash.plan.arch import arch_named
+from cuflash.plan.arch import Arch, arch_named
+from cuflash.plan.backward import plan_backward
 from cuflash.plan.config import KernelConfig
 from cuflash.plan.forward import plan_forward
 from cuflash.problem import Problem, default_scale
@@ -28,11 +29,17 @@ def shipped_configs(
         for head_dim in head_dims:
             row_bytes = gcd(16, 2 * head_dim)
             for problem in _problems(head_dim, dtype):
-                plan = plan_forward(problem, arch_named(arch), load_bytes=row_bytes, store_bytes=row_bytes)
-                for launch in (plan.forward, plan.combine):
-                    if launch is not None:
-                        chosen[launch.config] = None
+                chosen |= dict.fromkeys(_configs(problem, arch_named(arch), row_bytes))
     return tuple(chosen)
+
+
+def _configs(problem: Problem, arch: Arch, row_bytes: int) -> list[KernelConfig]:
+    """Of both passes, with the gradient of a bias as large as the scores."""
+    forward = plan_forward(problem, arch, load_bytes=row_bytes, store_bytes=row_bytes)
+    bias_shape = (problem.batch, problem.num_heads, problem.seqlen_q, problem.seqlen_k) if problem.bias_dtype else None
+    backward = plan_backward(problem, arch, load_bytes=row_bytes, store_bytes=row_bytes, bias_shape=bias_shape)
+    launches = (forward.forward, forward.combine, *backward.launches)
+    return [launch.config for launch in launches if launch is not None]
 
 
 def _problems(head_dim: int, dtype: str) -> list[Problem]:

@@ -8,7 +8,6 @@ import pytest
 
 from cuflash.jit import compile_cubin, resources
 from cuflash.plan.arch import ARCHS
-from cuflash.plan.cost import shared_bytes
 from cuflash.plan.shipped import DTYPES, shipped_configs
 from docs import make_resources
 
@@ -26,7 +25,7 @@ def test_no_shipped_kernel_spills_beyond_its_budget_or_warns(arch, dtype):
 
 def test_every_shipped_kernel_fits_into_shared_memory():
     for config, arch in make_resources.jobs():
-        assert shared_bytes(config) <= ARCHS[arch].shared_per_block
+        assert make_resources.shared_bytes(config) <= ARCHS[arch].shared_per_block
 
 
 def test_every_shipped_kernel_is_documented():
