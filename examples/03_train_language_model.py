@@ -8,10 +8,12 @@ A layer is a function of all parameters and its input, and returns its output an
 the output into the gradients of input and parameters. This is the convention of `cuflash.vjp`, so attention is a layer
 as any other. NumPy's functions work on the arrays that they are given: the same lines run on a GPU.
 
-    python examples/03_train_language_model.py              # about two minutes on two CPU cores
+    python examples/03_train_language_model.py              # on a GPU if CuPy finds one
     python examples/03_train_language_model.py --steps 100
 
-It prints a sample of what the model writes, and saves the curve of the loss and the weights.
+It prints a sample of what the model writes, and saves the curve of the loss and the weights. Measured on one core of an
+AMD EPYC (OMP_NUM_THREADS=1), the default run trains in 106 s to 1.27 nats per character of text it has not seen, where
+the frequencies of characters give 3.17 and those of pairs 2.25.
 """
 
 from __future__ import annotations
@@ -273,7 +275,7 @@ def train(parameters: Arrays, training: Array, validation: Array, steps: int) ->
             curve.training.append(float(loss))
             if step % max(1, steps // 5) == 0 or step == steps:
                 curve.validation.append((step, held_out_loss(parameters, validation)))
-            progress.update(bar, advance=1, loss=f"loss {loss:.3f}")
+            progress.update(bar, advance=1, loss=f"loss {curve.training[-1]:.3f}")
     return curve
 
 
