@@ -1,7 +1,7 @@
 """`python -m benchmarks.gpu_session FOLDER`: everything worth doing once a GPU is at hand, written into FOLDER.
 
 Tests on the GPU, memcheck and racecheck of compute-sanitizer on a selection of them, recordings of single instructions
-for the emulator's tests, the benchmark. A step that fails does not stop the others; summary.json says how each ended.
+for the emulator's tests, the benchmarks. A step that fails does not stop the others; summary.json says how each ended.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ def steps(folder: Path) -> dict[str, list[str]]:
         "golden": [*python, "-m", "tests.golden.record", str(folder)],
         "tests": [*python, "-m", "pytest", *pytest, "--durations=20", "tests"],
         "benchmark": [*python, "-m", "benchmarks.forward", "--device", "cuda", "--output", str(folder)],
+        "configurations": [*python, "-m", "benchmarks.configurations", "--output", str(folder)],
+        "first call": [*python, "-m", "benchmarks.first_call", "--output", str(folder)],
         "memcheck": [*sanitizer, "--tool", "memcheck", *sanitized],
         "racecheck": [*sanitizer, "--tool", "racecheck", *sanitized],
     }

@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from benchmarks import backward, cases, contenders, driver, forward, gpu_session, machine, measure, memory, report
+from benchmarks import (
+    backward,
+    cases,
+    contenders,
+    driver,
+    first_call,
+    forward,
+    gpu_session,
+    machine,
+    measure,
+    memory,
+    report,
+)
 from benchmarks.passes import PASSES
 
 CASE = cases.Case(2, 65, 4, 2, 16, "float32", None, 0)
@@ -112,6 +124,13 @@ def test_peak_memory_of_a_fresh_process(capsys):
         pytest.fail("the high-water mark is read from Linux's /proc")
     assert memory.main(["--shape", "1,256,1,16", "--contenders", "cuflash", "--threads", "1"]) == 0
     assert "cuflash" in capsys.readouterr().out
+
+
+def test_the_first_call_of_a_process(capsys, tmp_path):
+    assert first_call.main(["--device", "sm_80", "--repeats", "1", "--output", str(tmp_path)]) == 0
+    seconds = json.loads((tmp_path / "first_call.json").read_text())["seconds"]
+    assert 0 < seconds["from_disk"][0] < seconds["cold"][0]
+    assert "cold: " in capsys.readouterr().out
 
 
 def test_inputs_are_not_zeros():
