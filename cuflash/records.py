@@ -128,7 +128,6 @@ def forward_record(
     if bias is not None:
         record["bias_strides"] = bias_strides(bias)
     _set_problem(record, problem)
-    record["scale64"], record["softcap64"] = problem.scale, problem.softcap
     record["num_splits"], record["q_tiles"] = plan.num_splits, plan.q_tiles
     return record
 
@@ -137,6 +136,7 @@ def _set_problem(record: np.ndarray, problem: Problem) -> None:
     """What the records of both passes say about the problem."""
     for name in ("scale", "softcap", "batch", "num_heads", "seqlen_q", "seqlen_k"):
         record[name] = getattr(problem, name)
+    record["scale64"], record["softcap64"] = problem.scale, problem.softcap
     record["group"] = problem.group
     record["total_q"], record["total_k"] = problem.total_q or 0, problem.total_k or 0
     for name in ("left", "right"):

@@ -89,7 +89,7 @@ class BackwardConfig:
     of dv: all of them, or a multiple of 64 where registers do not suffice for all.
     """
 
-    dtype: str  # q, k, v, out, their cotangents and gradients: float16 or bfloat16
+    dtype: str  # q, k, v, out, their cotangents and gradients: as in ForwardConfig
     bias_dtype: str  # "none" without a bias
     head_dim: int
     head_dim_v: int
@@ -114,7 +114,7 @@ class BackwardConfig:
             if not condition:
                 raise ConfigError(f"BackwardConfig.{field} = {getattr(self, field)!r}: must be {must}")
 
-        require(self.dtype in ELEMENT_NAMES[1:3], "dtype", "float16 or bfloat16")
+        require(self.dtype in ELEMENT_NAMES[1:], "dtype", f"one of {ELEMENT_NAMES[1:]}")
         require(self.bias_dtype in ELEMENT_NAMES, "bias_dtype", f"one of {ELEMENT_NAMES}")
         require(1 <= self.head_dim <= 512, "head_dim", "1 to 512")
         require(1 <= self.head_dim_v <= 512, "head_dim_v", "1 to 512")
@@ -123,6 +123,12 @@ class BackwardConfig:
             self.key_warps in (1, 2, 4, 8) and self.num_warps % self.key_warps == 0,
             "key_warps",
             f"1, 2, 4 or 8 and divide num_warps = {self.num_warps}",
+        )
+        element_bytes = ELEMENT_BYTES[self.dtype]
+        require(
+            element_bytes == 2 or self.key_warps == self.num_warps,
+            "key_warps",
+            f"num_warps = {self.num_warps} for elements of more than 16 bits",
         )
         require(
             self.block_n > 0 and self.block_n % (16 * self.key_warps) == 0,
@@ -143,8 +149,9 @@ class BackwardConfig:
                 f"{round_up(head_dim, 16)}, the head dimension in steps of 16, or a smaller multiple of 64",
             )
         require(self.num_stages in (1, 2), "num_stages", "1 or 2")
-        require(self.load_bytes in (2, 4, 8, 16), "load_bytes", "2, 4, 8 or 16")
-        require(self.store_bytes in (2, 4, 8, 16), "store_bytes", "2, 4, 8 or 16")
+        widths = tuple(width for width in (2, 4, 8, 16) if width >= element_bytes)
+        require(self.load_bytes in widths, "load_bytes", f"one of {widths}")
+        require(self.store_bytes in widths, "store_bytes", f"one of {widths}")
 
     @property
     def threads(self) -> int:

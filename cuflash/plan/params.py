@@ -80,9 +80,9 @@ BACKWARD_PARAMS = np.dtype(
         ("dk", np.uint64),
         ("dv", np.uint64),
         ("dbias", np.uint64),
-        ("row_lse", np.uint64),  # float32 workspace, see `cuflash.plan.backward.Workspaces`
-        ("row_delta", np.uint64),  # float32 workspace
-        ("dq_sum", np.uint64),  # float32 workspace
+        ("row_lse", np.uint64),  # workspace of sums, see `cuflash.plan.backward.Workspaces`
+        ("row_delta", np.uint64),  # workspace of sums
+        ("dq_sum", np.uint64),  # workspace of sums
         ("turns", np.uint64),  # uint32 workspace
         ("cu_seqlens_q", np.uint64),  # int32 (batch + 1), packed only
         ("cu_seqlens_k", np.uint64),
@@ -99,6 +99,8 @@ BACKWARD_PARAMS = np.dtype(
         ("bias_strides", np.int64, 4),  # batch, head, query, key
         ("dbias_strides", np.int64, 4),
         ("dbias_shape", np.int32, 4),  # packed: its last two axes may be longer than any sequence
+        ("scale64", np.float64),  # for float64, which float32 would round
+        ("softcap64", np.float64),
         ("scale", np.float32),
         ("softcap", np.float32),
         ("batch", np.int32),

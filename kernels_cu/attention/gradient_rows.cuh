@@ -4,6 +4,7 @@
 #include "attention/config.cuh"
 #include "attention/params.cuh"
 #include "ptx/copy.cuh"
+#include "tile/element.cuh"
 #include "tile/shared_tile.cuh"
 
 namespace cuflash {
@@ -12,6 +13,7 @@ namespace cuflash {
 // twice, and where that leaves warps over, columns.
 template <BackwardConfig C>
 struct QueryGradient {
+    using T = Sum<C.dtype>;
     static constexpr int kRowBlocks = C.block_m / 16, kColumnBlocks = ceil_div(lesser(C.block_d, C.head_dim), 16);
     static constexpr bool kPairs = kRowBlocks % 2 == 0 && 2 * C.num_warps <= kRowBlocks * kColumnBlocks;
     static constexpr int kM = greater(kPairs ? 2 : 1, kRowBlocks / C.num_warps);  // 16-row blocks of a warp
@@ -25,17 +27,17 @@ struct QueryGradient {
     static __device__ __forceinline__ int first_row_block(int warp) { return warp % kWarpRows * kM; }
     static __device__ __forceinline__ int first_column_block(int warp) { return warp / kWarpRows * kN; }
 
-    // Sums of a tile lie in the order in which threads hold them, so that a warp adds to consecutive memory: float
-    // x[kM][2 * kN][4] of each thread as units of kUnit floats.
-    static constexpr int kUnit = __CUDA_ARCH__ >= 900 ? 4 : 1;
+    // Sums of a tile lie in the order in which threads hold them, so that a warp adds to consecutive memory: T
+    // x[kM][2 * kN][4] of each thread in units of kUnit.
+    static constexpr int kUnit = __CUDA_ARCH__ >= 900 && sizeof(T) == 4 ? 4 : 1;
     static constexpr int kChunks = ceil_div(C.head_dim, C.block_d);
-    static constexpr int kTileFloats = C.num_warps * kM * 2 * kN * 128;
+    static constexpr int kTileSums = C.num_warps * kM * 2 * kN * 128;
     static __device__ __forceinline__ int offset(int warp, int lane, int m, int n, int e) {
         return (((warp * kM + m) * 2 * kN + n) * 4 + e / kUnit * kUnit) * 32 + lane * kUnit + e % kUnit;
     }
 
     // The fragment (m, n) of a thread.
-    static __device__ __forceinline__ void load(float (&x)[4], const float* sums, int warp, int lane, int m, int n) {
+    static __device__ __forceinline__ void load(T (&x)[4], const T* sums, int warp, int lane, int m, int n) {
         if constexpr (kUnit == 4) {
             ptx::load_global_v4(x, sums + offset(warp, lane, m, n, 0));
         } else {
@@ -45,13 +47,13 @@ struct QueryGradient {
     }
 
     // sums += x, the fragment (m, n) of a thread.
-    static __device__ __forceinline__ void add(float* sums, int warp, int lane, int m, int n, const float (&x)[4]) {
-#if __CUDA_ARCH__ >= 900
-        ptx::red_add_v4(sums + offset(warp, lane, m, n, 0), x);
-#else
+    static __device__ __forceinline__ void add(T* sums, int warp, int lane, int m, int n, const T (&x)[4]) {
+        if constexpr (kUnit == 4) {
+            ptx::red_add_v4(sums + offset(warp, lane, m, n, 0), x);
+        } else {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) ptx::red_add(sums + offset(warp, lane, m, n, e), x[e]);
-#endif
+            for (int e = 0; e < 4; ++e) ptx::red_add(sums + offset(warp, lane, m, n, e), x[e]);
+        }
     }
 };
 

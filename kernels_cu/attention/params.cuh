@@ -42,23 +42,24 @@ struct ForwardParams {
     int q_tiles;  // query tiles of one head of one batch entry; packed: of one head in all
 };
 
-// Of the backward pass; R = q_tiles * block_m rows per head, in which each sequence begins a tile of its own.
+// Of the backward pass; R = q_tiles * block_m rows per head, in which each sequence begins a tile of its own. Workspaces
+// are of the type of sums.
 struct BackwardParams {
-    const u16* q;             // as in ForwardParams
-    const u16* k;
-    const u16* v;
-    const u16* o;             // what the forward pass gave
-    const u16* d_o;           // its cotangent, laid out by its own strides
-    const float* lse;         // what the forward pass gave, natural log
-    const float* d_lse;       // its cotangent; may be null
+    const void* q;            // as in ForwardParams
+    const void* k;
+    const void* v;
+    const void* o;            // what the forward pass gave
+    const void* d_o;          // its cotangent, laid out by its own strides
+    const void* lse;          // what the forward pass gave, natural log
+    const void* d_lse;        // its cotangent; may be null
     const void* bias;         // (batch, num_heads, seqlen_q, seqlen_k), natural-log units
-    u16* dq;
-    u16* dk;
-    u16* dv;
+    void* dq;
+    void* dk;
+    void* dv;
     void* dbias;              // (batch, num_heads, seqlen_q, seqlen_k), each axis of that length or 1: see dbias_shape
-    float* row_lse;           // workspace (batch, num_heads, R): lse in base 2; +inf for rows that see nothing
-    float* row_delta;         // workspace (batch, num_heads, R): rowsum(do o) - d_lse
-    float* dq_sum;            // workspace (batch, num_heads, q_tiles, chunks, block_m * block_d): dq / scale
+    void* row_lse;            // workspace (batch, num_heads, R): lse in base 2; +inf for rows that see nothing
+    void* row_delta;          // workspace (batch, num_heads, R): rowsum(do o) - d_lse
+    void* dq_sum;             // workspace (batch, num_heads, q_tiles, chunks, block_m * block_d): dq / scale
     u32* turns;               // workspace (batch, num_heads, q_tiles, chunks): key tiles that have added to dq_sum
     const int* cu_seqlens_q;  // (batch + 1), packed only
     const int* cu_seqlens_k;
@@ -75,6 +76,8 @@ struct BackwardParams {
     i64 bias_strides[4];   // batch, head, query, key; 0 where broadcast
     i64 dbias_strides[4];
     int dbias_shape[4];    // packed: its last two axes may be longer than any sequence
+    double scale64;        // for float64, which float32 would round
+    double softcap64;
     float scale;
     float softcap;
     int batch;

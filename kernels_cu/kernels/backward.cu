@@ -7,58 +7,40 @@
 #include "attention/config.cuh"
 #include "attention/epilogue.cuh"
 #include "attention/gradient_rows.cuh"
+#include "attention/key_gradient.cuh"
 #include "attention/params.cuh"
 #include "attention/query_tiles.cuh"
 #include "attention/score_gradients.cuh"
 #include "tile/load.cuh"
-#include "tile/product.cuh"
 
 namespace cuflash {
-
-// How the tiles of a block lie in shared memory, and how its warps share them: along the keys, and where there are more,
-// along the queries of S and dP and along the columns of dK and dV.
-template <BackwardConfig C>
-struct BackwardTiles {
-    static constexpr int kD = ceil_div(C.head_dim, 16), kDv = ceil_div(C.head_dim_v, 16);
-    static constexpr int kShares = C.num_warps / C.key_warps;
-    static constexpr bool kExchange = kShares > 1;              // dK and dV need what other warps know of P and dS
-    static constexpr int kM = C.block_n / (16 * C.key_warps);   // 16-key blocks of a warp
-    static constexpr int kN = C.block_m / (16 * kShares);       // 16-query blocks of its scores
-    static constexpr int kBlocks = ceil_div(lesser(C.block_d, 16 * kD) / 16, kShares);     // 16-column blocks of its dK
-    static constexpr int kBlocksV = ceil_div(lesser(C.block_dv, 16 * kDv) / 16, kShares);  // and of its dV
-    using Q = SharedTile<C.block_m, 16 * kD>;
-    using K = SharedTile<C.block_n, 16 * kD>;
-    using V = SharedTile<C.block_n, 16 * kDv>;
-    using O = SharedTile<C.block_m, 16 * kDv>;
-    using S = SharedTile<C.block_n, C.block_m>;  // keys by queries
-    using Dk = SharedTile<C.block_n, 16 * kBlocks>;
-    using Dv = SharedTile<C.block_n, 16 * kBlocksV>;
-};
 
 // Shared memory of a block. dK and dV are staged where their inputs lay.
 template <BackwardConfig C>
 struct BackwardShared {
     using Tiles = BackwardTiles<C>;
+    using T = Storage<C.dtype>;
+    static constexpr bool kStaged = sizeof(T) == 2;  // wider elements are stored from registers
     union {
         struct {
-            u16 k[C.block_n * Tiles::K::kCols];
-            u16 v[C.block_n * Tiles::V::kCols];
-            u16 q[C.num_stages][C.block_m * Tiles::Q::kCols];
-            u16 d_o[C.num_stages][C.block_m * Tiles::O::kCols];
+            T k[C.block_n * Tiles::K::kCols];
+            T v[C.block_n * Tiles::V::kCols];
+            T q[C.num_stages][C.block_m * Tiles::Q::kCols];
+            T d_o[C.num_stages][C.block_m * Tiles::O::kCols];
         };
         struct {
-            u16 dk[Tiles::kShares][C.block_n * Tiles::Dk::kCols];
-            u16 dv[Tiles::kShares][C.block_n * Tiles::Dv::kCols];
+            T dk[Tiles::kShares][kStaged ? C.block_n * Tiles::Dk::kCols : 1];
+            T dv[Tiles::kShares][kStaged ? C.block_n * Tiles::Dv::kCols : 1];
         };
     };
-    u16 ds[C.block_n * C.block_m];                              // dS^T
-    u16 p[Tiles::kExchange ? C.block_n * C.block_m : 8];        // P^T
-    float lse[C.num_stages][C.block_m];  // base 2
-    float delta[C.num_stages][C.block_m];
+    T ds[C.block_n * C.block_m];                             // dS^T
+    T p[Tiles::kExchange ? C.block_n * C.block_m : 8];       // P^T
+    Sum<C.dtype> lse[C.num_stages][C.block_m];  // base 2
+    Sum<C.dtype> delta[C.num_stages][C.block_m];
     KeyWork work;
     QueryTiles tiles;
-    const u16* keys;    // first row of this sequence and head
-    const u16* values;
+    const T* keys;    // first row of this sequence and head
+    const T* values;
 };
 
 // One thread finds out what the block computes.
@@ -67,90 +49,9 @@ __device__ __forceinline__ void locate(BackwardShared<C>& shared, const Backward
     const KeyWork work = decode_key_work<C>(params);
     shared.work = work;
     shared.tiles = QueryTiles::of<C>(params, work);
-    shared.keys = row_at(params.k, params.k_strides, work.batch_entry, work.k_start, work.kv_head);
-    shared.values = row_at(params.v, params.v_strides, work.batch_entry, work.k_start, work.kv_head);
-}
-
-// Where the calling thread stands in its block. Made anew by each part of the kernel that needs it, not held throughout.
-template <BackwardConfig C>
-struct KeyPlace {
-    int thread = ptx::thread_index();
-    int lane = thread % 32;
-    int share = thread / 32 / C.key_warps;
-    int key = thread / 32 % C.key_warps * (16 * BackwardTiles<C>::kM);  // its warp's first, in the key tile
-    int query = share * (16 * BackwardTiles<C>::kN);                    // the first of its scores, in the query tile
-};
-
-// S^T = K Q^T or dP^T = V dO^T: the warp's keys by its queries, over the whole depth.
-template <BackwardConfig C, class Left, class Right, int kM, int kN>
-__device__ __forceinline__ void multiply_rows(float (&S)[kM][kN][4], const u16* left, const u16* right) {
-    const KeyPlace<C> here;
-    const u32 a = ptx::shared_address(left) + here.key * Left::kPitch + Left::lane_by_columns(here.lane);
-    const u32 b = ptx::shared_address(right) + here.query * Right::kPitch + Right::lane_by_rows(here.lane);
-    clear(S);
-#pragma unroll
-    for (int d = 0; d < Left::kCols / 16; ++d) {  // S^T += K[:, d] Q[:, d]^T
-        LeftFragments<kM, 1> fragments;
-        fragments.template load_column<Left>(a, d, 0);
-        multiply_transposed<C.dtype, Right>(S, fragments.value[0], b, d);
-    }
-}
-
-// dV += P^T dO or dK += dS^T Q, P or dS in registers: the columns of a chunk.
-template <BackwardConfig C, class Right, int kM, int kN, int kColumns>
-__device__ __forceinline__ void multiply_sums(float (&sums)[kM][kColumns][4], const float (&S)[kM][kN][4],
-                                              const u16* right, int chunk) {
-    const u32 b = ptx::shared_address(right) + Right::lane_by_columns(ptx::thread_index() % 32) + chunk * (16 * kColumns);
-#pragma unroll
-    for (int n = 0; n < kN / 2; ++n) {  // dV += P^T[:, n] dO[n, :]
-        u32 left[kM][4];
-        as_left<C.dtype>(left, S, n);
-        multiply<C.dtype, Right>(sums, left, b, n);
-    }
-}
-
-// This lane's address, by columns, of the 16x16 blocks first_block, ... of a tile's first 16 rows; none past `blocks`.
-template <class Tile, int kBlocks>
-__device__ __forceinline__ void column_addresses(u32 (&addresses)[kBlocks], const u16* tile, int first_block, int blocks,
-                                                 int lane) {
-#pragma unroll
-    for (int n = 0; n < kBlocks; ++n) {
-        addresses[n] = ptx::shared_address(tile) + Tile::offset(lane % 16, 2 * min(first_block + n, blocks - 1) + lane / 16);
-    }
-}
-
-// The same with P or dS in shared memory: the warp's share of the columns of a chunk.
-template <BackwardConfig C, class Right, int kM, int kColumns>
-__device__ __forceinline__ void multiply_shared(float (&sums)[kM][kColumns][4], const u16* S, const u16* right,
-                                                int chunk_block) {
-    using Scores = typename BackwardTiles<C>::S;
-    const KeyPlace<C> here;
-    const u32 a = ptx::shared_address(S) + here.key * Scores::kPitch + Scores::lane_by_columns(here.lane);
-    u32 columns[kColumns / 2];
-    column_addresses<Right>(columns, right, chunk_block + here.share * (kColumns / 2), Right::kCols / 16, here.lane);
-#pragma unroll
-    for (int n = 0; n < C.block_m / 16; ++n) {  // dV += P^T[:, n] dO[n, :]
-        LeftFragments<kM, 1> fragments;
-        fragments.template load_column<Scores>(a, n, 0);
-        multiply_blocks<C.dtype, Right>(sums, fragments.value[0], columns, 16 * n * Right::kPitch);
-    }
-}
-
-// The warp's part of P^T or dS^T, in 16 bits.
-template <BackwardConfig C, int kM, int kN>
-__device__ __forceinline__ void store_scores(const float (&S)[kM][kN][4], u16* to) {
-    using Scores = typename BackwardTiles<C>::S;
-    const KeyPlace<C> here;
-    const u32 first = ptx::shared_address(to) + Scores::offset(here.key + here.lane / 4, here.query / 8) +
-                      4 * (here.lane % 4);
-#pragma unroll
-    for (int m = 0; m < kM; ++m)
-#pragma unroll
-        for (int n = 0; n < kN; ++n)
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                ptx::store_shared(Scores::step(first, 16 * m + 8 * h, n), pack<C.dtype>(S[m][n][2 * h], S[m][n][2 * h + 1]));
-            }
+    using T = Storage<C.dtype>;
+    shared.keys = row_at(static_cast<const T*>(params.k), params.k_strides, work.batch_entry, work.k_start, work.kv_head);
+    shared.values = row_at(static_cast<const T*>(params.v), params.v_strides, work.batch_entry, work.k_start, work.kv_head);
 }
 
 // The query tile that a block visits: of one head after the other, from the last tile to the first.
@@ -170,14 +71,16 @@ template <BackwardConfig C>
 __device__ __forceinline__ void backward(const BackwardParams& params) {
     using Tiles = BackwardTiles<C>;
     using Query = QueryGradient<C>;
+    using Element = Storage<C.dtype>;
+    using T = Sum<C.dtype>;
     constexpr int kThreads = 32 * C.num_warps, kStages = C.num_stages;
     constexpr int kM = Tiles::kM, kN = Tiles::kN;
     constexpr int kChunks = greater(ceil_div(C.head_dim, C.block_d), ceil_div(C.head_dim_v, C.block_dv));
-    using SlopeOfCap = Conditional<C.softcapped, Slope<kM, 2 * kN>, NoSlope>;
-    using QLoader = TileLoader<typename Tiles::Q, kThreads, C.load_bytes, C.head_dim % 16 != 0>;
-    using KLoader = TileLoader<typename Tiles::K, kThreads, C.load_bytes, C.head_dim % 16 != 0>;
-    using VLoader = TileLoader<typename Tiles::V, kThreads, C.load_bytes, C.head_dim_v % 16 != 0>;
-    using OLoader = TileLoader<typename Tiles::O, kThreads, C.load_bytes, C.head_dim_v % 16 != 0>;
+    using SlopeOfCap = Conditional<C.softcapped, Slope<T, kM, 2 * kN>, NoSlope>;
+    using QLoader = TileLoader<typename Tiles::Q, kThreads, C.load_bytes, C.head_dim % Tiles::kUnit != 0>;
+    using KLoader = TileLoader<typename Tiles::K, kThreads, C.load_bytes, C.head_dim % Tiles::kUnit != 0>;
+    using VLoader = TileLoader<typename Tiles::V, kThreads, C.load_bytes, C.head_dim_v % Tiles::kUnit != 0>;
+    using OLoader = TileLoader<typename Tiles::O, kThreads, C.load_bytes, C.head_dim_v % Tiles::kUnit != 0>;
 
     extern __shared__ __align__(128) unsigned char shared_memory[];
     auto& shared = *reinterpret_cast<BackwardShared<C>*>(shared_memory);
@@ -194,22 +97,23 @@ __device__ __forceinline__ void backward(const BackwardParams& params) {
         const int tile = tiles.tile(visit.position), begin = tile * C.block_m;
         const int head = work.kv_head * params.group + visit.head;
         const bool partial = begin < tiles.queries.begin || begin + C.block_m > tiles.queries.end;
-        const u16* q = row_at(params.q, params.q_strides, work.batch_entry, work.q_start, head);
-        const u16* d_o = row_at(params.d_o, params.d_o_strides, work.batch_entry, work.q_start, head);
+        const auto* q = row_at(static_cast<const Element*>(params.q), params.q_strides, work.batch_entry, work.q_start, head);
+        const auto* d_o = row_at(static_cast<const Element*>(params.d_o), params.d_o_strides, work.batch_entry, work.q_start, head);
         QLoader::load(partial, ptx::shared_address(shared.q[stage]), q, params.q_strides[1], C.head_dim, begin,
                       tiles.queries.begin, tiles.queries.end);
         OLoader::load(partial, ptx::shared_address(shared.d_o[stage]), d_o, params.d_o_strides[1], C.head_dim_v, begin,
                       tiles.queries.begin, tiles.queries.end);
-        const int thread = ptx::thread_index();
-        if (thread < C.block_m / 4) {
-            const i64 row = query_tile_index(params, work.batch_entry, head, first_query_slot<C>(work) + tile) * C.block_m;
-            ptx::cp_async_16(ptx::shared_address(shared.lse[stage]) + 16 * thread, params.row_lse + row + 4 * thread);
-            ptx::cp_async_16(ptx::shared_address(shared.delta[stage]) + 16 * thread, params.row_delta + row + 4 * thread);
+        constexpr int kPerCopy = 16 / sizeof(T);
+        const int i = kPerCopy * ptx::thread_index();
+        if (i < C.block_m) {
+            const i64 row = query_tile_index(params, work.batch_entry, head, first_query_slot<C>(work) + tile) * C.block_m + i;
+            ptx::cp_async_16(ptx::shared_address(&shared.lse[stage][i]), static_cast<const T*>(params.row_lse) + row);
+            ptx::cp_async_16(ptx::shared_address(&shared.delta[stage][i]), static_cast<const T*>(params.row_delta) + row);
         }
     };
 
-    float dK[kM][2 * Tiles::kBlocks][4];   // dS^T Q summed over the tiles so far
-    float dV[kM][2 * Tiles::kBlocksV][4];  // P^T dO
+    T dK[kM][2 * Tiles::kBlocks][4];   // dS^T Q summed over the tiles so far
+    T dV[kM][2 * Tiles::kBlocksV][4];  // P^T dO
     clear(dK);
     clear(dV);
 
@@ -221,21 +125,24 @@ __device__ __forceinline__ void backward(const BackwardParams& params) {
         u32 columns[Query::kN];
         column_addresses<typename Tiles::K>(columns, shared.k, work.chunk * (C.block_d / 16) + column,
                                             work.chunk * (C.block_d / 16) + Query::kColumnBlocks, lane);
-        const u32 ds = Tiles::S::block(ptx::shared_address(shared.ds) + Tiles::S::lane_by_rows(lane), 0,
-                                       Query::first_row_block(warp));
-        float dQ[Query::kM][2 * Query::kN][4];
+        const u32 lane_address = ptx::shared_address(shared.ds) +
+                                 (bytes_of(C.dtype) == 2 ? Tiles::S::lane_by_rows(lane) : Tiles::S::lane_by_columns(lane));
+        const u32 ds = Tiles::S::block(lane_address, 0, Query::first_row_block(warp));
+        T dQ[Query::kM][2 * Query::kN][4];
         clear(dQ);
 #pragma unroll
         for (int k = 0; k < C.block_n / 16; ++k) {  // dQ += dS[:, k] K[k, :]
-            u32 left[Query::kM][4];
+            Word<C.dtype> left[Query::kM][left_words(C.dtype, 16)];
 #pragma unroll
-            for (int m = 0; m < Query::kM; ++m) ptx::ldmatrix_x4_trans(left[m], Tiles::S::block(ds, k, m));
+            for (int m = 0; m < Query::kM; ++m) {
+                load_left_transposed<C.dtype, typename Tiles::S>(left[m], Tiles::S::block(ds, k, m));
+            }
             multiply_blocks<C.dtype, typename Tiles::K>(dQ, left, columns, 16 * k * Tiles::K::kPitch);
         }
         const int head = work.kv_head * params.group + visit.head;
         const int slot = first_query_slot<C>(work) + tiles.tile(visit.position);
         const i64 index = query_tile_index(params, work.batch_entry, head, slot) * Query::kChunks + work.chunk;
-        float* sums = params.dq_sum + index * Query::kTileFloats;
+        T* sums = static_cast<T*>(params.dq_sum) + index * Query::kTileSums;
 #pragma unroll
         for (int m = 0; m < Query::kM; ++m)
 #pragma unroll
@@ -259,11 +166,11 @@ __device__ __forceinline__ void backward(const BackwardParams& params) {
         const KeyPlace<C> here;
         const int first_query = tiles.tile(visit.position) * C.block_m;
         const int column = here.query + 2 * (here.lane % 4);
-        float S[kM][2 * kN][4], dS[kM][2 * kN][4];
+        T S[kM][2 * kN][4], dS[kM][2 * kN][4];
         const auto multiply_dp = [&] {  // dP^T = V dO^T
-            multiply_rows<C, typename Tiles::V, typename Tiles::O>(dS, shared.v, shared.d_o[stage]);
+            multiply_rows<C, typename Tiles::V, typename Tiles::O, Tiles::kDv>(dS, shared.v, shared.d_o[stage]);
         };
-        multiply_rows<C, typename Tiles::K, typename Tiles::Q>(S, shared.k, shared.q[stage]);  // S^T = K Q^T
+        multiply_rows<C, typename Tiles::K, typename Tiles::Q, Tiles::kD>(S, shared.k, shared.q[stage]);  // S^T = K Q^T
         if (kStages == 2 && next.head < params.group) load_queries(next, stage ^ 1);
         if constexpr (Tiles::kExchange) multiply_dp();  // the exponentials of S run under it
         SlopeOfCap slope;
@@ -333,14 +240,14 @@ __device__ __forceinline__ void backward(const BackwardParams& params) {
     const KeyPlace<C> here;
     const int token = work.k_start + work.key_begin;
     if (has_dk) {
-        scale_by(dK, params.scale);
-        u16* dk = row_at(params.dk, params.dk_strides, work.batch_entry, token, work.kv_head);
+        scale_by(dK, scale_of<T>(params));
+        auto* dk = row_at(static_cast<Element*>(params.dk), params.dk_strides, work.batch_entry, token, work.kv_head);
         store_rows<C.dtype, typename Tiles::Dk, C.head_dim, C.store_bytes>(
             dK, dk, params.dk_strides[1], work.rows, work.chunk * C.block_d + here.share * Tiles::Dk::kCols,
             ptx::shared_address(shared.dk[here.share]), here.key, here.lane);
     }
     if (has_dv) {
-        u16* dv = row_at(params.dv, params.dv_strides, work.batch_entry, token, work.kv_head);
+        auto* dv = row_at(static_cast<Element*>(params.dv), params.dv_strides, work.batch_entry, token, work.kv_head);
         store_rows<C.dtype, typename Tiles::Dv, C.head_dim_v, C.store_bytes>(
             dV, dv, params.dv_strides[1], work.rows, work.chunk * C.block_dv + here.share * Tiles::Dv::kCols,
             ptx::shared_address(shared.dv[here.share]), here.key, here.lane);

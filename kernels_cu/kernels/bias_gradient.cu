@@ -90,16 +90,16 @@ __device__ __forceinline__ void bias_gradient(const BiasGradientParams& params) 
         __syncthreads();  // everyone is done with the tiles before
         if (new_keys) {
             const bool partial = work.key_begin < tiles.keys.begin || work.key_begin + C.block_n > tiles.keys.end;
-            const u16* k = row_at(params.k, params.k_strides, work.batch_entry, work.k_start, work.kv_head);
-            const u16* v = row_at(params.v, params.v_strides, work.batch_entry, work.k_start, work.kv_head);
+            const u16* k = row_at(static_cast<const u16*>(params.k), params.k_strides, work.batch_entry, work.k_start, work.kv_head);
+            const u16* v = row_at(static_cast<const u16*>(params.v), params.v_strides, work.batch_entry, work.k_start, work.kv_head);
             KLoader::load(partial, ptx::shared_address(shared.k), k, params.k_strides[1], C.head_dim, work.key_begin,
                           tiles.keys.begin, tiles.keys.end);
             VLoader::load(partial, ptx::shared_address(shared.v), v, params.v_strides[1], C.head_dim_v, work.key_begin,
                           tiles.keys.begin, tiles.keys.end);
         }
         const bool partial = first_query < tiles.queries.begin || first_query + C.block_m > tiles.queries.end;
-        const u16* q = row_at(params.q, params.q_strides, work.batch_entry, work.q_start, head);
-        const u16* d_o = row_at(params.d_o, params.d_o_strides, work.batch_entry, work.q_start, head);
+        const u16* q = row_at(static_cast<const u16*>(params.q), params.q_strides, work.batch_entry, work.q_start, head);
+        const u16* d_o = row_at(static_cast<const u16*>(params.d_o), params.d_o_strides, work.batch_entry, work.q_start, head);
         QLoader::load(partial, ptx::shared_address(shared.q), q, params.q_strides[1], C.head_dim, first_query,
                       tiles.queries.begin, tiles.queries.end);
         OLoader::load(partial, ptx::shared_address(shared.d_o), d_o, params.d_o_strides[1], C.head_dim_v, first_query,
@@ -107,8 +107,8 @@ __device__ __forceinline__ void bias_gradient(const BiasGradientParams& params) 
         if (thread < C.block_m / 4) {
             const int slot = C.varlen ? work.q_start / C.row_block + work.sequence : 0;
             const i64 row = query_tile_index(params, work.batch_entry, head, slot) * C.row_block + first_query;
-            ptx::cp_async_16(ptx::shared_address(shared.lse) + 16 * thread, params.row_lse + row + 4 * thread);
-            ptx::cp_async_16(ptx::shared_address(shared.delta) + 16 * thread, params.row_delta + row + 4 * thread);
+            ptx::cp_async_16(ptx::shared_address(shared.lse) + 16 * thread, static_cast<const float*>(params.row_lse) + row + 4 * thread);
+            ptx::cp_async_16(ptx::shared_address(shared.delta) + 16 * thread, static_cast<const float*>(params.row_delta) + row + 4 * thread);
         }
         ptx::cp_async_commit();
         ptx::cp_async_wait<0>();

@@ -43,6 +43,14 @@ __device__ __forceinline__ void store_shared(u32 shared, u32 value) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared), "r"(value) : "memory");
 }
 
+__device__ __forceinline__ void store_shared_v2(u32 shared, u32 x, u32 y) {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared), "r"(x), "r"(y) : "memory");
+}
+
+__device__ __forceinline__ void store_shared_v2(u32 shared, double x, double y) {
+    asm volatile("st.shared.v2.f64 [%0], {%1, %2};" ::"r"(shared), "d"(x), "d"(y) : "memory");
+}
+
 __device__ __forceinline__ void store_shared_v4(u32 shared, const u32 (&value)[4]) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(value[0]), "r"(value[1]),
                  "r"(value[2]), "r"(value[3])
@@ -69,6 +77,24 @@ __device__ __forceinline__ void load_shared_v2(double& x, double& y, u32 shared)
     asm volatile("ld.shared.v2.f64 {%0, %1}, [%2];" : "=d"(x), "=d"(y) : "r"(shared));
 }
 
+// A thread's own memory, in the local window; aligned to 16. Arrays reached so are never held in registers.
+__device__ __forceinline__ u32 local_address(const void* pointer) {
+    return static_cast<u32>(__cvta_generic_to_local(pointer));
+}
+
+__device__ __forceinline__ void store_local_v4(u32 local, const float (&value)[4]) {
+    asm volatile("st.local.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(local), "f"(value[0]), "f"(value[1]), "f"(value[2]),
+                 "f"(value[3])
+                 : "memory");
+}
+
+__device__ __forceinline__ void load_local_v4(float (&value)[4], u32 local) {
+    asm volatile("ld.local.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(value[0]), "=f"(value[1]), "=f"(value[2]), "=f"(value[3])
+                 : "r"(local)
+                 : "memory");
+}
+
 // Loads that happen where they stand, whether or not the value turns out to matter.
 __device__ __forceinline__ u16 load_global_u16(const void* global) {
     u16 value;
@@ -93,14 +119,16 @@ __device__ __forceinline__ void red_add(float* memory, float x) {
     asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(memory), "f"(x) : "memory");
 }
 
-#if __CUDA_ARCH__ >= 900
-// memory[0 .. 3] += x, each by itself; the address aligned to 16.
+__device__ __forceinline__ void red_add(double* memory, double x) {
+    asm volatile("red.relaxed.gpu.global.add.f64 [%0], %1;" ::"l"(memory), "d"(x) : "memory");
+}
+
+// memory[0 .. 3] += x, each by itself; the address aligned to 16. From sm_90 on.
 __device__ __forceinline__ void red_add_v4(float* memory, const float (&x)[4]) {
     asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(memory), "f"(x[0]), "f"(x[1]),
                  "f"(x[2]), "f"(x[3])
                  : "memory");
 }
-#endif
 
 // What this thread wrote, and what it knows that others wrote, is seen by whoever acquires this value.
 __device__ __forceinline__ void store_release(u32* memory, u32 value) {

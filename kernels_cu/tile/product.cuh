@@ -37,6 +37,25 @@ __device__ __forceinline__ void load_left(Word<E> (&words)[left_words(E, 16)], u
     }
 }
 
+// The same of a tile that holds the operand transposed, [shared dimension][rows]; `block` is by rows of 16-bit elements, by
+// columns of wider ones. It numbers the shared dimension as a right operand by columns does.
+template <Element E, class Tile>
+__device__ __forceinline__ void load_left_transposed(Word<E> (&words)[left_words(E, 16)], u32 block) {
+    if constexpr (bytes_of(E) == 2) {
+        ptx::ldmatrix_x4_trans(words, block);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            Word<E> elements[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                ptx::load_shared(elements[j], Tile::step(block, 8 * i + j / 2, j % 2 * bytes_of(E) / 2));
+            }
+            set_words<E>(words + i * instruction_words(E), elements);
+        }
+    }
+}
+
 // Rows 0 .. 15 of B in columns 0 .. 15 as two right operands, of rows 0 .. 7 and 8 .. 15.
 template <Element E, class Tile>
 __device__ __forceinline__ void load_right_rows(Word<E> (&words)[2][left_words(E, 16) / 2], u32 block) {
