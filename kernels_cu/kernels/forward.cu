@@ -8,6 +8,7 @@
 #include "attention/key_tiles.cuh"
 #include "attention/params.cuh"
 #include "attention/scores.cuh"
+#include "attention/settled.cuh"
 #include "attention/softmax.cuh"
 #include "attention/work.cuh"
 #include "tile/load.cuh"
@@ -84,7 +85,6 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
     constexpr int kThreads = 32 * C.num_warps, kStages = C.num_stages;
     constexpr int kM = C.block_m / (16 * C.num_warps);  // 16-row blocks of a warp
     constexpr int kN = C.block_n / 16, kD = ceil_div(C.head_dim, 16);
-    constexpr int kStep = chain_depth(C.dtype, C.block_n);  // keys of a step of P V
     using Shared = ForwardShared<C>;
     using T = Sum<C.dtype>;
     using QTile = SharedTile<C.block_m, 16 * kD, typename Shared::T>;
@@ -144,8 +144,8 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
     const auto multiply_pv = [&](const T(&P)[kM][2 * kN][4], int position, int lane) {
         const u32 v = ptx::shared_address(shared.v[position % kStages]) + VTile::lane_by_columns(lane);
 #pragma unroll
-        for (int n = 0; n < C.block_n / kStep; ++n) {  // O += P[:, n] V(j)[n, :]
-            Word<C.dtype> left[kM][left_words(C.dtype, kStep)];
+        for (int n = 0; n < kN; ++n) {  // O += P[:, n] V(j)[n, :]
+            Word<C.dtype> left[kM][left_words(C.dtype, 16)];
             as_left<C.dtype>(left, P, n);
             multiply<C.dtype, VTile>(O, left, v, n);
         }
@@ -188,7 +188,17 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
             __syncthreads();          // everyone's has
             q_fragments.template load<QTile>(q_address(Place<kM>()));
         }
-        for (int position = tiles.begin; position < tiles.end; ++position) visit(position);
+        if constexpr (is_split(C.dtype)) {
+            SettledSums<kM, C.block_dv / 8> settled;
+            for (int position = tiles.begin;;) {
+                do visit(position); while (++position < tiles.end && position % settled.kTiles != 0);
+                if (position == tiles.end) break;
+                settled.add(softmax, O);
+            }
+            settled.take(softmax, O);
+        } else {
+            for (int position = tiles.begin; position < tiles.end; ++position) visit(position);
+        }
     }
     softmax.finish(O);  // O /= l, m becomes lse
     store_results<C>(O, softmax.m, shared, params);

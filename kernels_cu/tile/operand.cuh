@@ -23,10 +23,6 @@ constexpr int instruction_words(Element element) { return is_split(element) ? 8 
 constexpr int instructions(Element element, int depth) { return depth / (bytes_of(element) == 2 ? 16 : 8); }
 constexpr int left_words(Element element, int depth) { return instructions(element, depth) * instruction_words(element); }
 
-// Keys of a step of P V with tiles of `keys`. A longer chain of split products saves additions and, in sums of many tiles,
-// their rounding; P's words then take more registers.
-constexpr int chain_depth(Element element, int keys) { return is_split(element) && keys % 32 == 0 ? 32 : 16; }
-
 // x = high + low + less than 2^-22 |x|. Products ignore the low 13 bits of what they are given, here of `low`. An infinity
 // leaves a finite `low`, so that it stays an infinity.
 __device__ __forceinline__ void split(u32& high, u32& low, u32 x) {
