@@ -18,28 +18,31 @@ using BiasGradientParams = BackwardParams;
 
 template <BiasGradientConfig C>
 struct BiasGradientTiles {
+    using T = Storage<C.dtype>;
     static constexpr int kM = C.block_n / (16 * C.num_warps);  // 16-key blocks of a warp
     static constexpr int kN = C.block_m / 8;                   // 8-query blocks
-    using Q = SharedTile<C.block_m, round_up(C.head_dim, 16)>;
-    using K = SharedTile<C.block_n, round_up(C.head_dim, 16)>;
-    using V = SharedTile<C.block_n, round_up(C.head_dim_v, 16)>;
-    using O = SharedTile<C.block_m, round_up(C.head_dim_v, 16)>;
+    static constexpr int kD = ceil_div(C.head_dim, 16), kDv = ceil_div(C.head_dim_v, 16);
+    using Q = SharedTile<C.block_m, 16 * kD, T>;
+    using K = SharedTile<C.block_n, 16 * kD, T>;
+    using V = SharedTile<C.block_n, 16 * kDv, T>;
+    using O = SharedTile<C.block_m, 16 * kDv, T>;
 };
 
 template <BiasGradientConfig C>
 struct BiasGradientShared {
     using Tiles = BiasGradientTiles<C>;
+    using T = Storage<C.dtype>;
     union {
         struct {
-            u16 k[C.block_n * Tiles::K::kCols];
-            u16 v[C.block_n * Tiles::V::kCols];
-            u16 q[C.block_m * Tiles::Q::kCols];
-            u16 d_o[C.block_m * Tiles::O::kCols];
+            T k[C.block_n * Tiles::K::kCols];
+            T v[C.block_n * Tiles::V::kCols];
+            T q[C.block_m * Tiles::Q::kCols];
+            T d_o[C.block_m * Tiles::O::kCols];
         };
-        float sums[C.block_n][C.block_m + 1];  // at the end; padded: a column of it meets every bank
+        Sum<C.dtype> sums[C.block_n][C.block_m + 1];  // at the end; padded: a column of it meets every bank
     };
-    float lse[C.block_m];  // base 2
-    float delta[C.block_m];
+    alignas(16) Sum<C.dtype> lse[C.block_m];  // base 2
+    alignas(16) Sum<C.dtype> delta[C.block_m];
 };
 
 // The indices of an axis of the scores that a block adds: all, if the bias is broadcast along it.
@@ -49,14 +52,15 @@ __device__ __forceinline__ Span added(int axis_of_bias, int begin, int block, in
 
 // S^T = K Q^T or dP^T = V dO^T: the warp's keys by all queries of a tile.
 template <BiasGradientConfig C, class Left, class Right, int kM, int kN>
-__device__ __forceinline__ void multiply_tiles(float (&S)[kM][kN][4], const u16* left, const u16* right) {
+__device__ __forceinline__ void multiply_tiles(Sum<C.dtype> (&S)[kM][kN][4], const Storage<C.dtype>* left,
+                                               const Storage<C.dtype>* right) {
     const int lane = ptx::thread_index() % 32, warp = ptx::thread_index() / 32;
     const u32 a = ptx::shared_address(left) + warp * (16 * kM * Left::kPitch) + Left::lane_of_left(lane);
     const u32 b = ptx::shared_address(right) + Right::lane_by_rows(lane);
     clear(S);
 #pragma unroll
     for (int d = 0; d < Left::kCols / 16; ++d) {  // S^T += K[:, d] Q[:, d]^T
-        LeftFragments<kM, 1> fragments;
+        LeftFragments<kM, 1, C.dtype> fragments;
         fragments.template load_column<Left>(a, d, 0);
         multiply_transposed<C.dtype, Right>(S, fragments.value[0], b, d);
     }
@@ -66,6 +70,8 @@ __device__ __forceinline__ void multiply_tiles(float (&S)[kM][kN][4], const u16*
 template <BiasGradientConfig C>
 __device__ __forceinline__ void bias_gradient(const BiasGradientParams& params) {
     using Tiles = BiasGradientTiles<C>;
+    using Element = Storage<C.dtype>;
+    using T = Sum<C.dtype>;
     constexpr int kThreads = 32 * C.num_warps, kM = Tiles::kM, kN = Tiles::kN;
     using QLoader = TileLoader<typename Tiles::Q, kThreads, C.load_bytes, C.head_dim % 16 != 0>;
     using KLoader = TileLoader<typename Tiles::K, kThreads, C.load_bytes, C.head_dim % 16 != 0>;
@@ -82,7 +88,7 @@ __device__ __forceinline__ void bias_gradient(const BiasGradientParams& params) 
     const int query_begin = digits.next(ceil_div(shape[2], C.block_m)) * C.block_m;
     const int own_head = digits.next(shape[1]), own_batch = static_cast<int>(digits.rest);
 
-    float sums[kM][kN][4];  // dbias^T
+    T sums[kM][kN][4];  // dbias^T
     clear(sums);
 
     // One tile of scores: the queries from first_query on of one head against the keys of `work`.
@@ -90,31 +96,33 @@ __device__ __forceinline__ void bias_gradient(const BiasGradientParams& params) 
         __syncthreads();  // everyone is done with the tiles before
         if (new_keys) {
             const bool partial = work.key_begin < tiles.keys.begin || work.key_begin + C.block_n > tiles.keys.end;
-            const u16* k = row_at(static_cast<const u16*>(params.k), params.k_strides, work.batch_entry, work.k_start, work.kv_head);
-            const u16* v = row_at(static_cast<const u16*>(params.v), params.v_strides, work.batch_entry, work.k_start, work.kv_head);
+            const auto* k = row_at(static_cast<const Element*>(params.k), params.k_strides, work.batch_entry, work.k_start, work.kv_head);
+            const auto* v = row_at(static_cast<const Element*>(params.v), params.v_strides, work.batch_entry, work.k_start, work.kv_head);
             KLoader::load(partial, ptx::shared_address(shared.k), k, params.k_strides[1], C.head_dim, work.key_begin,
                           tiles.keys.begin, tiles.keys.end);
             VLoader::load(partial, ptx::shared_address(shared.v), v, params.v_strides[1], C.head_dim_v, work.key_begin,
                           tiles.keys.begin, tiles.keys.end);
         }
         const bool partial = first_query < tiles.queries.begin || first_query + C.block_m > tiles.queries.end;
-        const u16* q = row_at(static_cast<const u16*>(params.q), params.q_strides, work.batch_entry, work.q_start, head);
-        const u16* d_o = row_at(static_cast<const u16*>(params.d_o), params.d_o_strides, work.batch_entry, work.q_start, head);
+        const auto* q = row_at(static_cast<const Element*>(params.q), params.q_strides, work.batch_entry, work.q_start, head);
+        const auto* d_o = row_at(static_cast<const Element*>(params.d_o), params.d_o_strides, work.batch_entry, work.q_start, head);
         QLoader::load(partial, ptx::shared_address(shared.q), q, params.q_strides[1], C.head_dim, first_query,
                       tiles.queries.begin, tiles.queries.end);
         OLoader::load(partial, ptx::shared_address(shared.d_o), d_o, params.d_o_strides[1], C.head_dim_v, first_query,
                       tiles.queries.begin, tiles.queries.end);
-        if (thread < C.block_m / 4) {
+        constexpr int kPerCopy = 16 / sizeof(T);
+        const int i = kPerCopy * thread;
+        if (i < C.block_m) {
             const int slot = C.varlen ? work.q_start / C.row_block + work.sequence : 0;
-            const i64 row = query_tile_index(params, work.batch_entry, head, slot) * C.row_block + first_query;
-            ptx::cp_async_16(ptx::shared_address(shared.lse) + 16 * thread, static_cast<const float*>(params.row_lse) + row + 4 * thread);
-            ptx::cp_async_16(ptx::shared_address(shared.delta) + 16 * thread, static_cast<const float*>(params.row_delta) + row + 4 * thread);
+            const i64 row = query_tile_index(params, work.batch_entry, head, slot) * C.row_block + first_query + i;
+            ptx::cp_async_16(ptx::shared_address(&shared.lse[i]), static_cast<const T*>(params.row_lse) + row);
+            ptx::cp_async_16(ptx::shared_address(&shared.delta[i]), static_cast<const T*>(params.row_delta) + row);
         }
         ptx::cp_async_commit();
         ptx::cp_async_wait<0>();
         __syncthreads();  // the tiles have landed
 
-        float S[kM][kN][4], dS[kM][kN][4];
+        T S[kM][kN][4], dS[kM][kN][4];
         multiply_tiles<C, typename Tiles::K, typename Tiles::Q>(S, shared.k, shared.q);      // S^T = K Q^T
         multiply_tiles<C, typename Tiles::V, typename Tiles::O>(dS, shared.v, shared.d_o);  // dP^T = V dO^T
         const int column = 2 * (lane % 4);
@@ -163,7 +171,7 @@ __device__ __forceinline__ void bias_gradient(const BiasGradientParams& params) 
     for (int i = thread; i < rows * columns; i += kThreads) {
         const int query = i / columns, key = i % columns;
         const Span of_queries = added(shape[2], query, 1, C.block_m), of_keys = added(shape[3], key, 1, C.block_n);
-        float sum = 0.0f;
+        T sum = 0;
         for (int r = of_queries.begin; r < of_queries.end; ++r)
             for (int c = of_keys.begin; c < of_keys.end; ++c) sum += shared.sums[c][r];
         store_element<C.bias_dtype>(params.dbias,
