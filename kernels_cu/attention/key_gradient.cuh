@@ -55,20 +55,6 @@ __device__ __forceinline__ void multiply_rows(Sum<C.dtype> (&S)[kM][kN][4], cons
     }
 }
 
-// dV += P^T dO or dK += dS^T Q, P or dS in registers: the columns of a chunk.
-template <BackwardConfig C, class Right, int kM, int kN, int kColumns>
-__device__ __forceinline__ void multiply_sums(Sum<C.dtype> (&sums)[kM][kColumns][4], const Sum<C.dtype> (&S)[kM][kN][4],
-                                              const Storage<C.dtype>* right, int chunk) {
-    const u32 b = ptx::shared_address(right) + Right::lane_by_columns(ptx::thread_index() % 32) +
-                  chunk * (8 * kColumns * bytes_of(C.dtype));
-#pragma unroll
-    for (int n = 0; n < kN / 2; ++n) {  // dV += P^T[:, n] dO[n, :]
-        Word<C.dtype> left[kM][left_words(C.dtype, 16)];
-        as_left<C.dtype>(left, S, n);
-        multiply<C.dtype, Right>(sums, left, b, n);
-    }
-}
-
 // This lane's address, by columns, of the blocks first_block, ... of 16 columns of a tile; none past `blocks`.
 template <class Tile, int kBlocks>
 __device__ __forceinline__ void column_addresses(u32 (&addresses)[kBlocks], const typename Tile::Element* tile,
@@ -83,6 +69,24 @@ __device__ __forceinline__ void column_addresses(u32 (&addresses)[kBlocks], cons
             const int byte = (16 * block + lane / 4) * kBytes;
             addresses[n] = ptx::shared_address(tile) + Tile::offset(lane % 4 * 2, byte / 16) + byte % 16;
         }
+    }
+}
+
+// dV += P^T dO or dK += dS^T Q, P or dS in registers: the columns of a chunk.
+template <BackwardConfig C, class Right, int kM, int kN, int kColumns>
+__device__ __forceinline__ void multiply_sums(Sum<C.dtype> (&sums)[kM][kColumns][4], const Sum<C.dtype> (&S)[kM][kN][4],
+                                              const Storage<C.dtype>* right, int chunk) {
+    const int lane = ptx::thread_index() % 32;
+    const u32 b = ptx::shared_address(right) + Right::lane_by_columns(lane) + chunk * (8 * kColumns * bytes_of(C.dtype));
+    constexpr bool kReachesPast = kColumns % 8 == 0 && Right::kCols % (8 * kColumns) != 0;  // the last of several chunks
+    u32 columns[kColumns / 2];
+    if constexpr (kReachesPast) column_addresses<Right>(columns, right, chunk * (kColumns / 2), Right::kCols / 16, lane);
+#pragma unroll
+    for (int n = 0; n < kN / 2; ++n) {  // dV += P^T[:, n] dO[n, :]
+        Word<C.dtype> left[kM][left_words(C.dtype, 16)];
+        as_left<C.dtype>(left, S, n);
+        if constexpr (kReachesPast) multiply_blocks<C.dtype, Right>(sums, left, columns, 16 * n * Right::kPitch);
+        else multiply<C.dtype, Right>(sums, left, b, n);
     }
 }
 
