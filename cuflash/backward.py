@@ -22,7 +22,7 @@ from cuflash.plan.params import BACKWARD_PARAMS
 
 Pullback = Callable[[NativeArray, NativeArray | None], tuple[NativeArray, ...]]
 
-FLOAT32, UINT32 = np.dtype(np.float32), np.dtype(np.uint32)
+UINT32 = np.dtype(np.uint32)
 BACKWARD_BYTES, AT = records.as_bytes(BACKWARD_PARAMS), records.address_words(BACKWARD_PARAMS)
 
 
@@ -109,10 +109,11 @@ def _prepare(
     if bias is not None:
         gradients["dbias"] = bias.contiguous()
     words = records.as_words(records.backward_record(problem, plan, arrays | gradients))
+    sums = arrays["lse"].dtype
     workspaces = (
-        ("row_lse", plan.row_shape, FLOAT32),
-        ("row_delta", plan.row_shape, FLOAT32),
-        ("dq_sum", plan.sum_shape, FLOAT32),
+        ("row_lse", plan.row_shape, sums),
+        ("row_delta", plan.row_shape, sums),
+        ("dq_sum", plan.sum_shape, sums),
         ("turns", plan.turn_shape, UINT32),
     )
     return Prepared(tuple(copied), Launches(tuple(map(device.load, plan.launches)), words, workspaces))

@@ -10,13 +10,16 @@ from typing import Any
 from cuflash.errors import ConfigError, InvalidValueError
 from cuflash.options import Options
 from cuflash.plan.arch import Arch
-from cuflash.plan.backward_cost import clocks_per_pair, column_chunks, dq_tile_floats, fits, shared_bytes
-from cuflash.plan.config import BackwardConfig, BiasGradientConfig, FinishConfig, PrepareConfig, round_up
+from cuflash.plan.backward_cost import clocks_per_pair, column_chunks, dq_tile_sums, fits, shared_bytes
+from cuflash.plan.config import ELEMENT_BYTES, BackwardConfig, BiasGradientConfig, FinishConfig, PrepareConfig, round_up
 from cuflash.plan.forward import FEW_ROWS, MAX_BLOCKS, Launch, required_fields
 from cuflash.problem import Problem
 
 BIAS_TILES = ((64, 64, 4), (32, 64, 4), (16, 64, 4), (16, 32, 2))  # block_m, block_n, warps: the first that fits
-WARPS_AND_KEYS = ((8, 8, 128), (8, 4, 128), (8, 4, 64), (4, 4, 64), (4, 2, 64), (2, 2, 32))  # warps, key warps, block_n
+# warps, key warps, block_n
+WARPS_AND_KEYS = (
+    (8, 8, 128), (8, 4, 128), (4, 4, 128), (8, 4, 64), (8, 2, 64), (4, 4, 64), (4, 2, 64), (2, 2, 32), (1, 1, 16)
+)  # fmt: skip
 NEUTRAL = {"bias_dtype": "none", "windowed": False, "softcapped": False, "deterministic": True}  # before and after
 COLUMNS = (256, 128, 64)  # of dq, dk and dv that a block computes at most, where not all
 
@@ -31,8 +34,8 @@ class BackwardPlan:
     launches: tuple[Launch, ...]
     q_tiles: int  # of one head of one batch entry; packed: of one head in all
     k_tiles: int
-    row_shape: tuple[int, ...]  # of row_lse and row_delta, float32 (batch, num_heads, rows of all tiles)
-    sum_shape: tuple[int, ...]  # of dq_sum, float32 (batch, num_heads, q_tiles, chunks, floats)
+    row_shape: tuple[int, ...]  # of row_lse and row_delta, (batch, num_heads, rows of all tiles)
+    sum_shape: tuple[int, ...]  # of dq_sum (batch, num_heads, q_tiles, chunks, sums)
     turn_shape: tuple[int, ...]  # of turns, uint32 (batch, num_heads, q_tiles, chunks)
 
 
@@ -51,7 +54,7 @@ def plan_backward(
     Parameters
     ----------
     problem : Problem
-        Of dtype float16 or bfloat16.
+        With at least one query and one key.
     arch : Arch
         What the kernels are compiled for.
     load_bytes, store_bytes : int
@@ -102,9 +105,13 @@ def _candidates(required: dict[str, Any], few_rows: bool) -> Iterator[BackwardCo
     depth, depth_v = round_up(required["head_dim"], 16), round_up(required["head_dim_v"], 16)
     widest = max(depth, depth_v)
     columns = [widest, *(most for most in COLUMNS if most < widest)]
+    size = ELEMENT_BYTES[required["dtype"]]
     for block_m in (16,) if few_rows else (128, 64, 32, 16):
         for num_warps, key_warps, block_n in WARPS_AND_KEYS:
-            if block_m < 16 * num_warps // key_warps:
+            shares = num_warps // key_warps
+            if block_m < 16 * shares or (shares > 1 and size > 2):
+                continue
+            if size == 4 and block_m < 32 and not few_rows:  # dS has rows of 16 words: lanes that read it meet in banks
                 continue
             for most in columns:
                 for num_stages in (1, 2):
@@ -154,7 +161,7 @@ def _plan(
         q_tiles,
         k_tiles,
         (batch, problem.num_heads, q_tiles * config.block_m),
-        (batch, problem.num_heads, q_tiles, dq_chunks, dq_tile_floats(config)),
+        (batch, problem.num_heads, q_tiles, dq_chunks, dq_tile_sums(config)),
         (batch, problem.num_heads, q_tiles, dq_chunks),
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from cuflash.plan.arch import Arch
-from cuflash.plan.config import BackwardConfig, BiasGradientConfig, round_up
+from cuflash.plan.config import ELEMENT_BYTES, BackwardConfig, BiasGradientConfig, round_up
 from cuflash.plan.cost import (
     BARRIER_CLOCKS,
     BIAS_OPS,
@@ -26,12 +26,16 @@ from cuflash.plan.cost import (
 )
 
 BLOCK_FACTS = 96  # bytes in shared memory that say what the block computes
-FLOAT = 4
-ELEMENT = 2
 TILE_OPS = 200  # instructions of a warp per tile, whatever its size
 OPS_PER_PAIR = 8  # of P and dS: fma, difference, product, conversions, their share of the stores
 TILE_LATENCY = 1500  # of one visit from barrier to barrier, for a block that runs alone
+# Estimates that are taken for fitting, where measured: 64 queries by 128 keys in 4 warps at head dimension 64 spill up to
+# 250 bytes on an H200 and are still the fastest (docs/kernel-backward.md).
+ADMITTED_ESTIMATES = {"sm_90": 318}
 REST_REGISTERS = 62  # of a thread beside its tiles
+SPLIT_REGISTERS = 5  # more for split operands, times the square of 16-query blocks: the assembler loads them early
+# What products cost, in multiples of those of 16 bits.
+PRODUCT_CLOCKS = {"float16": 1, "bfloat16": 1, "float32": 6, "tf32": 2, "float64": 16}
 
 
 class Shares(NamedTuple):
@@ -71,31 +75,37 @@ def column_chunks(config: BackwardConfig) -> int:
     return max(-(-config.head_dim // config.block_d), -(-config.head_dim_v // config.block_dv))
 
 
-def dq_tile_floats(config: BackwardConfig) -> int:
-    """Floats of a query tile's sums of one chunk of dq: `QueryGradient::kTileFloats` of the kernels."""
+def sum_bytes(config: BackwardConfig | BiasGradientConfig) -> int:
+    """Of a number in which products are summed: float64 for float64, else float32."""
+    return 8 if config.dtype == "float64" else 4
+
+
+def dq_tile_sums(config: BackwardConfig) -> int:
+    """Numbers in a query tile's sums of one chunk of dq: `QueryGradient::kTileSums` of the kernels."""
     own = shares(config)
     return config.num_warps * own.dq_rows * own.dq_columns * 256
 
 
 def shared_bytes(config: BackwardConfig | BiasGradientConfig) -> int:
     """Dynamic shared memory of a block: `sizeof(BackwardShared)` or `sizeof(BiasGradientShared)` of the kernels."""
+    size, wide = ELEMENT_BYTES[config.dtype], sum_bytes(config)
     if isinstance(config, BiasGradientConfig):
-        inputs = ELEMENT * (config.block_m + config.block_n) * _depth(config)
-        sums = FLOAT * config.block_n * (config.block_m + 1)
-        return max(inputs, sums) + 2 * FLOAT * config.block_m
+        inputs = size * (config.block_m + config.block_n) * _depth(config, 16)
+        sums = wide * config.block_n * (config.block_m + 1)
+        return max(inputs, sums) + 2 * wide * config.block_m
     if config.family != "backward":
         return 0
     own = shares(config)
-    tiles = (config.block_n + config.num_stages * config.block_m) * _depth(config)
-    outputs = config.num_warps * own.keys * (own.dk_columns + own.dv_columns) * 256
+    tiles = (config.block_n + config.num_stages * config.block_m) * _depth(config, 32 if size == 4 else 16)
+    outputs = config.num_warps * own.keys * (own.dk_columns + own.dv_columns) * 256 if size == 2 else 0
     scores = config.block_n * config.block_m
     elements = max(tiles, outputs) + scores + (scores if own.exchange else 8)
-    return ELEMENT * elements + 2 * config.num_stages * config.block_m * FLOAT + BLOCK_FACTS
+    return size * elements + 2 * config.num_stages * config.block_m * wide + BLOCK_FACTS
 
 
-def _depth(config: BackwardConfig | BiasGradientConfig) -> int:
-    """Columns of the tiles of q and do, or k and v, together."""
-    return round_up(config.head_dim, 16) + round_up(config.head_dim_v, 16)
+def _depth(config: BackwardConfig | BiasGradientConfig, unit: int) -> int:
+    """Columns of the tiles of q and do, or k and v, together, each in steps of `unit`."""
+    return round_up(config.head_dim, unit) + round_up(config.head_dim_v, unit)
 
 
 def registers(config: BackwardConfig, arch: Arch) -> int:
@@ -104,13 +114,19 @@ def registers(config: BackwardConfig, arch: Arch) -> int:
     sums = 8 * own.keys * (own.dk_columns + own.dv_columns)
     scores = 8 * own.keys * own.queries * (3 if config.softcapped else 2)
     dq = 8 * own.dq_rows * own.dq_columns
-    rest = REST_REGISTERS + COMPILER_REGISTERS.get(arch.name, 0) + max(0, own.queries - 4) + 2 * config.varlen
-    return sums + max(scores, dq) + rest
+    words = sum_bytes(config) // 4
+    split = SPLIT_REGISTERS * own.keys * own.queries**2 if config.dtype == "float32" else 0
+    rest = REST_REGISTERS + split + COMPILER_REGISTERS.get(arch.name, 0) + max(0, own.queries - 4) + 2 * config.varlen
+    return words * (sums + max(scores, dq)) + rest
 
 
 def fits(config: BackwardConfig, arch: Arch) -> bool:
     """Whether a block has the shared memory and its threads the registers that it needs."""
-    return shared_bytes(config) <= arch.shared_per_block and registers(config, arch) <= MAX_REGISTERS
+    most = MAX_REGISTERS
+    narrow = config.block_d <= 64 and config.block_dv <= 64 and config.key_warps == config.num_warps
+    if narrow and ELEMENT_BYTES[config.dtype] == 2:
+        most = ADMITTED_ESTIMATES.get(arch.name, most)
+    return shared_bytes(config) <= arch.shared_per_block and registers(config, arch) <= most
 
 
 def blocks_per_sm(config: BackwardConfig, arch: Arch) -> int:
@@ -137,9 +153,9 @@ def clocks_per_pair(config: BackwardConfig, arch: Arch, rows: int) -> float:
 
 def _tile_clocks(config: BackwardConfig, busy: int) -> float:
     """Clocks that one block's visit of one query tile takes of a multiprocessor that `busy` blocks share."""
-    own, depth, pairs = shares(config), _depth(config), config.block_m * config.block_n
+    own, depth, pairs = shares(config), _depth(config, 16), config.block_m * config.block_n
     sum_columns = config.block_d + config.block_dv
-    products = pairs * (depth + sum_columns + config.block_d) / FMA_16BIT
+    products = PRODUCT_CLOCKS[config.dtype] * pairs * (depth + sum_columns + config.block_d) / FMA_16BIT
     fragments = 16 * (own.keys + own.queries) * depth + 16 * config.block_n * (own.dq_rows + own.dq_columns)
     if own.exchange:
         fragments += config.block_m * 16 * (2 * own.keys + own.dk_columns + own.dv_columns)
@@ -147,9 +163,10 @@ def _tile_clocks(config: BackwardConfig, busy: int) -> float:
         fragments += config.block_m * sum_columns
     loads = config.block_m * depth
     stores = pairs * (2 if own.exchange else 1)
-    shared = ELEMENT * (config.num_warps * fragments + loads + stores) / SHARED_BYTES
+    size = ELEMENT_BYTES[config.dtype]
+    shared = size * (config.num_warps * fragments + loads + stores) / SHARED_BYTES
     additions = 2 * config.block_m * config.block_d  # read and written
-    memory = (ELEMENT * loads + FLOAT * additions) / GLOBAL_BYTES
+    memory = (size * loads + sum_bytes(config) * additions) / GLOBAL_BYTES
     ops = OPS_PER_PAIR + (BIAS_OPS if config.bias_dtype != "none" else 0) + (SOFTCAP_OPS if config.softcapped else 0)
     scores = pairs * ((2 if config.softcapped else 1) / EXPONENTIALS + ops / FLOAT_OPS)
     barriers = 2 if config.num_stages == 2 or not own.exchange else 3
