@@ -52,7 +52,7 @@ class Launches:
 class Prepared:
     """What every pullback of one problem, layouts and device shares."""
 
-    copied: tuple[str, ...]  # of Kept: arrays whose rows are not contiguous
+    copied: tuple[str, ...]  # of Kept: arrays whose rows are not contiguous, or too little aligned
     launches: Launches | None  # None: nothing to compute, all gradients are 0
 
 
@@ -92,11 +92,14 @@ def _prepare(
     q, k, v, bias, *_ = layouts
     problem = check.problem(q, k, v, bias, asked, packing)
     arrays = {name: array for name, array in zip(Kept._fields, layouts, strict=True) if array is not None}
+    if 0 in (problem.batch, problem.num_heads, problem.seqlen_q, problem.seqlen_k):
+        return Prepared((), None)
     copied = [name for name in ("q", "k", "v", "d_o") if not arrays[name].rows_contiguous]
     arrays |= {name: arrays[name].contiguous() for name in copied}
-    if 0 in (problem.batch, problem.num_heads, problem.seqlen_q, problem.seqlen_k):
-        return Prepared(tuple(copied), None)
-    load_bytes = records.access_bytes(*(arrays[name] for name in ("q", "k", "v", "o", "d_o")))
+    load_bytes = records.access_bytes(*(arrays[name] for name in ("q", "k", "v", "o")))
+    if records.access_bytes(arrays["d_o"]) < load_bytes:  # a copy costs less than narrow loads by every key tile
+        copied.append("d_o")
+        arrays["d_o"] = arrays["d_o"].contiguous()
     gradients = {f"d{name}": array.contiguous() for name, array in zip("qkv", (q, k, v), strict=True)}
     plan = plan_backward(
         problem,

@@ -12,6 +12,7 @@ from ml_dtypes import finfo
 import cuflash
 from tests import oracle, tolerances
 from tests.attention.cases import LAYOUTS, Case, Inputs, _bias_lengths, embed, make
+from tests.devices import CpuDevice
 
 Cotangent = tuple[np.ndarray, np.ndarray]
 
@@ -31,16 +32,33 @@ def cotangent(case: Case, inputs: Inputs) -> Cotangent:
 
 
 def vjp(case: Case, inputs: Inputs, **more: Any) -> tuple[Any, Callable[[Any], tuple[np.ndarray, ...]]]:
-    """`cuflash.vjp` of the case with return_lse, q, k and v lying in buffers as the case's layout says."""
-    layout = LAYOUTS[case.layout]
-    q, k, v = (layout.view(embed(layout, x[None] if case.packed else x)) for x in inputs[:3])
-    keywords = {**scores_of(case), "bias": inputs.bias, "return_lse": True, **more}
+    """`cuflash.vjp` of the case with return_lse on the CPU; q, k and v lie in buffers as the case's layout says."""
+    buffers = [embed(LAYOUTS[case.layout], x[None] if case.packed else x) for x in inputs[:3]]
+    return _vjp(case, *buffers, *inputs[3:], **more)
+
+
+def _vjp(case: Case, q: Any, k: Any, v: Any, bias: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, **more: Any) -> Any:
+    """The same of buffers of any kind of array."""
+    views = [LAYOUTS[case.layout].view(x) for x in (q, k, v)]
+    keywords = {**scores_of(case), "bias": bias, "return_lse": True, **more}
     if not case.packed:
-        return cuflash.vjp(cuflash.attention, q, k, v, **keywords)
+        return cuflash.vjp(cuflash.attention, *views, **keywords)
     if case.bias:
         keywords |= dict(zip(("max_seqlen_q", "max_seqlen_k"), _bias_lengths(case), strict=True))
-    edges = inputs.cu_seqlens_q, inputs.cu_seqlens_k
-    return cuflash.vjp(cuflash.attention_varlen, q[0], k[0], v[0], *edges, **keywords)
+    return cuflash.vjp(cuflash.attention_varlen, *(x[0] for x in views), cu_seqlens_q, cu_seqlens_k, **keywords)
+
+
+def gradients(device: Any, case: Case, inputs: Inputs, cotangent: Cotangent, **more: Any) -> tuple[np.ndarray, ...]:
+    """Gradients of the case on a device, with the case's options where they are for kernels."""
+    if device.name != "cpu":
+        more["options"] = case.options
+    buffers = [embed(LAYOUTS[case.layout], x[None] if case.packed else x) for x in inputs[:3]]
+
+    def pull(*arrays: Any) -> Any:
+        _, pullback = _vjp(case, *arrays[:-2], **more)
+        return pullback(arrays[-2:])
+
+    return device.run(pull, *buffers, *inputs[3:], *cotangent)
 
 
 def expected(
@@ -82,8 +100,8 @@ def hold_to_oracle(case: Case, inputs: Inputs, cotangent: Cotangent, got: tuple[
     tolerances.assert_gradients(got, want, standard, case.dtype, ulps)
 
 
-def check(case: Case) -> None:
-    """The gradients of the case are as exact as the rule asks."""
+def check(case: Case, device: Any = None) -> None:
+    """The gradients of the case are as exact as the rule asks, on the CPU or the given device."""
     inputs = make(case)
     given = cotangent(case, inputs)
-    hold_to_oracle(case, inputs, given, vjp(case, inputs)[1](given))
+    hold_to_oracle(case, inputs, given, gradients(device or CpuDevice(), case, inputs, given))
