@@ -29,7 +29,7 @@ BLOCK_FACTS = 96  # bytes in shared memory that say what the block computes
 TILE_OPS = 200  # instructions of a warp per tile, whatever its size
 OPS_PER_PAIR = 8  # of P and dS: fma, difference, product, conversions, their share of the stores
 TILE_LATENCY = 1500  # of one visit from barrier to barrier, for a block that runs alone
-# Estimates that are taken for fitting, where measured: 64 queries by 128 keys in 4 warps at head dimension 64 spill up to
+# Estimates taken for fitting, where measured: 64 queries by 128 keys in 4 warps at head dimension 64 spill up to
 # 250 bytes on an H200 and are still the fastest (docs/kernel-backward.md).
 ADMITTED_ESTIMATES = {"sm_90": 318}
 REST_REGISTERS = 62  # of a thread beside its tiles
