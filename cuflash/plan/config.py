@@ -135,7 +135,7 @@ class BackwardConfig:
             "block_n",
             f"a multiple of 16 * key_warps = {16 * self.key_warps}",
         )
-        least = 16 * self.num_warps // self.key_warps
+        least = 16 * self.num_warps // self.key_warps  # queries and columns of the warps that share them
         require(
             self.block_m in (16, 32, 64, 128) and self.block_m >= least,
             "block_m",
@@ -143,10 +143,11 @@ class BackwardConfig:
         )
         for field, head_dim in (("block_d", self.head_dim), ("block_dv", self.head_dim_v)):
             block = getattr(self, field)
+            unit = max(64, least)
             require(
-                block == round_up(head_dim, 16) or (0 < block < head_dim and block % 64 == 0),
+                block == round_up(head_dim, 16) or (0 < block < head_dim and block % unit == 0),
                 field,
-                f"{round_up(head_dim, 16)}, the head dimension in steps of 16, or a smaller multiple of 64",
+                f"{round_up(head_dim, 16)}, the head dimension in steps of 16, or a smaller multiple of {unit}",
             )
         require(self.num_stages in (1, 2), "num_stages", "1 or 2")
         widths = tuple(width for width in (2, 4, 8, 16) if width >= element_bytes)

@@ -7,12 +7,21 @@ import pytest
 
 from cuflash.jit import compile_ptx
 from cuflash.jit.sources import sources
-from cuflash.plan.config import ELEMENT_NAMES, MAX_SPLITS, CombineConfig, ForwardConfig
+from cuflash.plan import backward_cost
+from cuflash.plan.config import (
+    ELEMENT_NAMES,
+    MAX_SPLITS,
+    BackwardConfig,
+    BiasGradientConfig,
+    CombineConfig,
+    ForwardConfig,
+    KernelConfig,
+)
 from cuflash.plan.cost import shared_bytes
-from cuflash.plan.params import COMBINE_PARAMS, FORWARD_PARAMS, NO_BOUND
+from cuflash.plan.params import BACKWARD_PARAMS, COMBINE_PARAMS, FORWARD_PARAMS, NO_BOUND
 from cuflash.plan.shipped import shipped_configs
 
-RECORDS = {"ForwardParams": FORWARD_PARAMS, "CombineParams": COMBINE_PARAMS}
+RECORDS = {"ForwardParams": FORWARD_PARAMS, "BackwardParams": BACKWARD_PARAMS, "CombineParams": COMBINE_PARAMS}
 MEMBER = re.compile(r"^\s+(?:const )?(\w+)(?: ?(\*))? ?(\*?)(\w+)(?:\[(\w+)\])?;", re.M)
 
 
@@ -45,7 +54,7 @@ def values_of(includes: list[str], expressions: dict[str, str]) -> dict[str, int
     return {names[key]: int(value or 0) for key, value in found}
 
 
-@pytest.mark.parametrize("config", [ForwardConfig, CombineConfig])
+@pytest.mark.parametrize("config", [ForwardConfig, BackwardConfig, BiasGradientConfig, CombineConfig])
 def test_configurations_have_the_same_fields(config):
     kinds = {"Element": "str", "int": "int", "bool": "bool"}
     declared = [(m[4], kinds[m[1]]) for m in members("attention/config.cuh", config.__name__)]
@@ -78,7 +87,7 @@ def test_parameters_have_the_same_offsets_and_sizes(struct):
 
 
 def test_parameters_fit_into_a_launch():
-    assert max(FORWARD_PARAMS.itemsize, COMBINE_PARAMS.itemsize) <= 4096
+    assert max(record.itemsize for record in RECORDS.values()) <= 4096
 
 
 def test_constants_agree():
@@ -86,11 +95,11 @@ def test_constants_agree():
     assert NO_BOUND == 2**31 - 1
 
 
-def literal(config: ForwardConfig) -> str:
+def literal(config: KernelConfig) -> str:
     """The configuration as its compile unit spells it."""
-    spelled = re.search(r"kConfig({.*?});", config.unit(), re.S)
+    spelled = re.search(r"constexpr (cuflash::\w+) kConfig({.*?});", config.unit(), re.S)
     assert spelled is not None
-    return f"cuflash::ForwardConfig{spelled[1]}"
+    return spelled[1] + spelled[2]
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90"])
@@ -98,6 +107,23 @@ def test_shared_memory_is_that_of_the_kernel(arch):
     configs = [config for config in shipped_configs(arch) if isinstance(config, ForwardConfig)]
     sizes = {str(config): f"sizeof(cuflash::ForwardShared<{literal(config)}>)" for config in configs}
     assert values_of(["kernels/forward.cu"], sizes) == {str(config): shared_bytes(config) for config in configs}
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90"])
+@pytest.mark.parametrize(("family", "struct"), [("backward", "Backward"), ("bias_gradient", "BiasGradient")])
+def test_shared_memory_of_the_backward_kernels(arch, family, struct):
+    configs = [config for config in shipped_configs(arch) if config.family == family]
+    sizes = {str(config): f"sizeof(cuflash::{struct}Shared<{literal(config)}>)" for config in configs}
+    expected = {str(config): backward_cost.shared_bytes(config) for config in configs}
+    assert values_of([f"kernels/{family}.cu"], sizes) == expected
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90"])
+def test_sums_of_dq_are_as_large_as_in_the_kernel(arch):
+    configs = [config for config in shipped_configs(arch) if config.family == "backward"]
+    sizes = {str(config): f"cuflash::QueryGradient<{literal(config)}>::kTileSums" for config in configs}
+    expected = {str(config): backward_cost.dq_tile_sums(config) for config in configs}
+    assert values_of(["kernels/backward.cu"], sizes) == expected
 
 
 def test_asm_is_in_ptx_alone_and_nothing_is_included_from_outside():
