@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from inspect import signature
+from inspect import Signature, signature
 from typing import Any, NamedTuple
 
 from cuflash.errors import (
@@ -18,7 +18,7 @@ from cuflash.errors import (
 Pullback = Callable[[Any], tuple[Any, ...]]
 Rule = Callable[..., tuple[Any, Pullback]]
 
-_rules: dict[Any, Rule] = {}
+_rules: dict[Any, tuple[Rule, Signature]] = {}
 
 
 def register(function: Callable[..., Any], rule: Rule) -> None:
@@ -27,7 +27,7 @@ def register(function: Callable[..., Any], rule: Rule) -> None:
     `rule` takes what `function` takes and returns its result and the pullback, which may trust that a cotangent has the
     structure, kind, shapes, dtypes and device of the result.
     """
-    _rules[function] = rule
+    _rules[function] = rule, signature(function)
 
 
 def vjp(function: Callable[..., Any], *arrays: Any, **keywords: Any) -> tuple[Any, Pullback]:
@@ -88,14 +88,15 @@ def vjp(function: Callable[..., Any], *arrays: Any, **keywords: Any) -> tuple[An
     True
     """
     try:
-        rule = _rules.get(function)
+        known_rule = _rules.get(function)
     except TypeError:  # not hashable
-        rule = None
-    if rule is None:
+        known_rule = None
+    if known_rule is None:
         known = ", ".join(sorted(f.__name__ for f in _rules))
         raise InvalidTypeError(f"function = {function!r}: must be one that has a pullback: {known}")
+    rule, parameters = known_rule
     try:
-        arguments = signature(function).bind(*arrays, **keywords)
+        arguments = parameters.bind(*arrays, **keywords)
     except TypeError as error:
         raise InvalidTypeError(f"vjp of {function.__name__}: {error}") from None
     if arguments.arguments.get("out") is not None:

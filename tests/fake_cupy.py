@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cuflash.plan.params import FORWARD_PARAMS
+from cuflash.plan.params import BACKWARD_PARAMS, FORWARD_PARAMS
 from cuflash.records import address_words
 
 alive: weakref.WeakSet[ndarray] = weakref.WeakSet()  # memory of others may be given out again before a kernel runs
@@ -39,6 +39,9 @@ class ndarray:
 
     def copy(self, order: str) -> ndarray:
         return ndarray(self.host.copy(order), self.device_id)
+
+    def fill(self, value: float) -> None:
+        self.host.fill(value)
 
     def __getitem__(self, index: Any) -> ndarray:
         return ndarray(self.host[index], self.device_id)
@@ -84,10 +87,11 @@ class FakeCupy(ModuleType):
     def _launch(self, entry: str, grid: Any, block: Any, arguments: tuple[np.ndarray], shared_bytes: int) -> None:
         (record,) = arguments
         assert record.size == 1
-        if record.nbytes == FORWARD_PARAMS.itemsize:
-            record = record.view(FORWARD_PARAMS)[0]
-            for field in address_words(FORWARD_PARAMS):
-                assert record[field] == 0 or record[field] in {array.data.ptr for array in alive}, f"{field} is freed"
+        for params in FORWARD_PARAMS, BACKWARD_PARAMS:
+            if record.nbytes == params.itemsize:
+                addresses = {field: record.view(params)[0][field] for field in address_words(params)}
+                held = {0, *(array.data.ptr for array in alive)}
+                assert [field for field, address in addresses.items() if address not in held] == [], "freed"
         self.launches.append((self.current, entry, grid, block, arguments[0].tobytes(), shared_bytes))
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import cuflash
 from cuflash.errors import DeviceError, InvalidShapeError, InvalidValueError
-from cuflash.plan.params import COMBINE_PARAMS, FORWARD_PARAMS
+from cuflash.plan.params import BACKWARD_PARAMS, COMBINE_PARAMS, FORWARD_PARAMS
 from tests.fake_cupy import FakeCupy, fake_cupy, ndarray
 
 
@@ -27,7 +27,8 @@ def gpu(*shape: int, dtype: Any = np.float16, device_id: int = 0) -> ndarray:
 
 def record(launch: tuple[Any, ...]) -> np.ndarray:
     data = launch[4]
-    return np.frombuffer(data, FORWARD_PARAMS if len(data) == FORWARD_PARAMS.itemsize else COMBINE_PARAMS)[0]
+    records = {params.itemsize: params for params in (FORWARD_PARAMS, BACKWARD_PARAMS, COMBINE_PARAMS)}
+    return np.frombuffer(data, records[len(data)])[0]
 
 
 def test_a_call_is_one_launch_in_place(cupy: FakeCupy) -> None:
@@ -178,3 +179,90 @@ def test_merge_of_many_states_is_a_tree(cupy: FakeCupy) -> None:
     assert merges[3]["states"][:3].tolist() == [merge["o"] for merge in merges[:3]]
     assert merges[3]["o"] == out.data.ptr
     assert len(cupy.loads) == 2  # float16 states, float32 states
+
+
+def families(launches: list[tuple[Any, ...]]) -> list[str]:
+    return [launch[1].removeprefix("cuflash_").partition("_d")[0] for launch in launches]
+
+
+def test_a_pullback_is_three_launches_of_one_record(cupy: FakeCupy) -> None:
+    q, k, v = gpu(2, 300, 8, 64), gpu(2, 400, 2, 64), gpu(2, 400, 2, 64)
+    (out, lse), pullback = cuflash.vjp(cuflash.attention, q, k, v, causal=True, return_lse=True)
+    forward = len(cupy.launches)
+    dout, dlse = gpu(2, 300, 8, 64), gpu(2, 8, 300, dtype=np.float32)
+    dq, dk, dv = pullback((dout, dlse))
+    assert [(x.shape, x.dtype) for x in (dq, dk, dv)] == [(x.shape, x.dtype) for x in (q, k, v)]
+    launches = cupy.launches[forward:]
+    assert families(launches) == ["prepare", "backward", "finish"]
+    assert len({launch[4] for launch in launches}) == 1
+    params = record(launches[0])
+    names = ("q", "k", "v", "o", "lse", "d_o", "d_lse", "dq", "dk", "dv")
+    assert [params[name] for name in names] == [x.data.ptr for x in (q, k, v, out, lse, dout, dlse, dq, dk, dv)]
+    assert params["bias"] == params["dbias"] == params["cu_seqlens_q"] == 0
+    assert len({int(params[name]) for name in ("row_lse", "row_delta", "dq_sum", "turns")} - {0}) == 4
+    assert params["d_lse_strides"].tolist() == [8 * 300, 300, 1]
+    assert (params["group"], params["right"], params["scale"]) == (4, 0, np.float32(0.125))
+
+
+def test_a_later_pullback_prepares_and_loads_nothing(cupy: FakeCupy) -> None:
+    q, k = gpu(64, 4, 32), gpu(64, 4, 32)
+    dout = gpu(64, 4, 32)
+    cuflash.vjp(cuflash.attention, q, k, k)[1](dout)
+    loads = list(cupy.loads)
+    _, pullback = cuflash.vjp(cuflash.attention, gpu(64, 4, 32), k, k)
+    first, second = pullback(dout), pullback(dout)
+    assert cupy.loads == loads
+    assert first[0].data.ptr != second[0].data.ptr
+
+
+def test_lengths_and_strides_compile_no_gradient_again(cupy: FakeCupy) -> None:
+    for batch, length in ((1, 2048), (3, 2049), (2, 100)):
+        q = gpu(batch, length, 16, 64)
+        _, pullback = cuflash.vjp(cuflash.attention, q, q[:, ::-1], q, options=cuflash.Options(num_splits=1))
+        pullback(q[:, ::-1])
+    assert len(set(cupy.loads)) == len(cupy.loads) == 4
+
+
+def test_a_gradient_of_a_bias_is_one_more_launch(cupy: FakeCupy) -> None:
+    q, bias = gpu(2, 70, 4, 64), gpu(4, 1, 70, dtype=np.float32)
+    _, pullback = cuflash.vjp(cuflash.attention, q, q, q, bias=bias)
+    before = len(cupy.launches)
+    *_, dbias = pullback(gpu(2, 70, 4, 64))
+    assert families(cupy.launches[before:]) == ["prepare", "backward", "finish", "bias_gradient"]
+    params = record(cupy.launches[-1])
+    assert params["dbias"] == dbias.data.ptr
+    assert (dbias.shape, dbias.dtype) == (bias.shape, bias.dtype)
+    assert params["dbias_shape"].tolist() == [1, 4, 1, 70]
+    assert params["dbias_strides"].tolist() == params["bias_strides"].tolist() == [0, 70, 0, 1]
+
+
+def test_cotangents_are_used_in_place_unless_a_kernel_cannot(cupy: FakeCupy) -> None:
+    q = gpu(40, 2, 32)
+    _, pullback = cuflash.vjp(cuflash.attention, q, q, q)
+    for cotangent, in_place in (
+        (ndarray(np.ones((2, 40, 32), np.float16).transpose(1, 0, 2)), True),
+        (gpu(80, 2, 64)[::2, :, 32:], True),
+        (gpu(40, 2, 33)[..., 1:], False),  # loads of two bytes
+        (gpu(40, 2, 64)[..., ::2], False),
+    ):
+        pullback(cotangent)
+        assert (record(cupy.launches[-1])["d_o"] == cotangent.data.ptr) == in_place
+
+
+def test_a_pullback_of_packed_sequences_reads_no_offsets(cupy: FakeCupy) -> None:
+    q = gpu(40, 2, 32)
+    offsets = ndarray(np.array([0, 10, 40], np.int64))
+    _, pullback = cuflash.vjp(cuflash.attention_varlen, q, q, q, offsets, [0, 10, 40])
+    pullback(gpu(40, 2, 32))
+    params = record(cupy.launches[-1])
+    assert 0 not in (params["cu_seqlens_q"], params["cu_seqlens_k"])
+    assert (params["batch"], params["total_q"]) == (2, 40)
+
+
+def test_the_gradient_of_nothing_is_filled_with_zeros(cupy: FakeCupy) -> None:
+    _, pullback = cuflash.vjp(cuflash.attention, gpu(0, 2, 32), gpu(5, 2, 32), gpu(5, 2, 32))
+    dq, dk, dv = pullback(gpu(0, 2, 32))
+    assert dq.shape == (0, 2, 32)
+    assert not dk.host.any()
+    assert not dv.host.any()
+    assert cupy.launches == []
