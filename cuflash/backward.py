@@ -52,7 +52,7 @@ class Launches:
 class Prepared:
     """What every pullback of one problem, layouts and device shares."""
 
-    copied: tuple[str, ...]  # of Kept: arrays whose rows are not contiguous, or too little aligned
+    copied: tuple[str, ...]  # of Kept: arrays whose rows are not contiguous, cotangents less aligned than these
     launches: Launches | None  # None: nothing to compute, all gradients are 0
 
 
@@ -89,17 +89,19 @@ def _prepare(
     packing: Packing | None,
     options: Options | None,
 ) -> Prepared:
-    q, k, v, bias, *_ = layouts
+    q, k, v, bias, _, _, d_o, d_lse = layouts
     problem = check.problem(q, k, v, bias, asked, packing)
     arrays = {name: array for name, array in zip(Kept._fields, layouts, strict=True) if array is not None}
     if 0 in (problem.batch, problem.num_heads, problem.seqlen_q, problem.seqlen_k):
         return Prepared((), None)
-    copied = [name for name in ("q", "k", "v", "d_o") if not arrays[name].rows_contiguous]
-    arrays |= {name: arrays[name].contiguous() for name in copied}
-    load_bytes = records.access_bytes(*(arrays[name] for name in ("q", "k", "v", "o")))
-    if records.access_bytes(arrays["d_o"]) < load_bytes:  # a copy costs less than narrow loads by every key tile
+    copied = [name for name in ("q", "k", "v") if not arrays[name].rows_contiguous]
+    inputs = (arrays[name].contiguous() if name in copied else arrays[name] for name in ("q", "k", "v", "o"))
+    load_bytes = records.access_bytes(*inputs)
+    if not d_o.rows_contiguous or records.access_bytes(d_o) < load_bytes:  # else every key tile would load narrowly
         copied.append("d_o")
-        arrays["d_o"] = arrays["d_o"].contiguous()
+    if d_lse is not None and any(n % d_lse.dtype.itemsize for n in (d_lse.misalignment, *d_lse.strides)):
+        copied.append("d_lse")
+    arrays |= {name: arrays[name].contiguous() for name in copied}
     gradients = {f"d{name}": array.contiguous() for name, array in zip("qkv", (q, k, v), strict=True)}
     plan = plan_backward(
         problem,

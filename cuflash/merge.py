@@ -180,7 +180,7 @@ def _merge_states_vjp(outs: Any, lses: Any) -> tuple[tuple[Any, Any], Pullback]:
         native: list[NativeArray] = gather(("cotangent[0]", "cotangent[1]"), cotangent)[1]
         dout, dlse = native[0].astype(_sum_dtype(out_arrays, lse_arrays)), native[1]
         weights, _ = _weights(lse_arrays)
-        dots = [_by_token((dout * state).sum(axis=-1)) for state in out_arrays]
+        dots = [_by_token((dout * state.astype(dout.dtype)).sum(axis=-1)) for state in out_arrays]
         dots = [np.where(weight == 0, 0, dot) for weight, dot in zip(weights, dots, strict=True)]
         delta = sum(weight * dot for weight, dot in zip(weights, dots, strict=True))  # rowsum(dO ∘ O)
         of_lses = [np.where(w == 0, 0, w * (dot - delta + dlse)) for w, dot in zip(weights, dots, strict=True)]

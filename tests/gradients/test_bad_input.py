@@ -11,6 +11,7 @@ import pytest
 import cuflash
 import cuflash.forward
 from cuflash import DeviceError, InvalidDtypeError, InvalidShapeError, InvalidTypeError, InvalidValueError
+from cuflash.plan.config import BackwardConfig
 
 Q, K, V = (np.zeros(shape, np.float32) for shape in ((2, 5, 4, 8), (2, 6, 2, 8), (2, 6, 2, 3)))
 OUT, LSE = np.zeros((2, 5, 4, 3), np.float32), np.zeros((2, 4, 5), np.float32)
@@ -139,17 +140,44 @@ def test_arrays_that_require_grad() -> None:
         cuflash.vjp(cuflash.attention, *arrays)
 
 
-@pytest.mark.parametrize(
-    ("function", "arrays"),
-    [
-        (cuflash.attention, [np.zeros((1, 4, 1, 16), np.float16)] * 3),
-        (cuflash.attention_varlen, [*[np.zeros((4, 1, 16), np.float16)] * 3, [0, 4], [0, 4]]),
-        (cuflash.merge_states, [[OUT], [LSE]]),
-    ],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
-def test_there_are_no_kernels_for_gradients(function, arrays) -> None:
-    message = "vjp on sm_80: gradients run on the CPU so far; pass NumPy arrays, outside of cuflash.emulate"
-    with cuflash.emulate("sm_80") as device, pytest.raises(DeviceError, match=message):
-        cuflash.vjp(function, *arrays)
+def test_wide_dtypes_have_no_gradient_on_kernels() -> None:
+    q = np.zeros((1, 4, 1, 16), np.float32)
+    message = r"q.dtype = float32: must be float16 or bfloat16 .*on sm_80; cast q, k and v to one"
+    with cuflash.emulate("sm_80") as device, pytest.raises(InvalidDtypeError, match=message):
+        cuflash.vjp(cuflash.attention, q, q, q)
     assert not device.launches
+
+
+def test_a_cotangent_is_checked_before_a_kernel_runs() -> None:
+    q = np.zeros((1, 4, 1, 16), np.float16)
+    with cuflash.emulate("sm_80") as device:
+        out, pullback = cuflash.vjp(cuflash.attention, q, q, q)
+        launches = len(device.launches)
+        for value, error in (out[:, :3], InvalidShapeError), (out.astype(float), InvalidDtypeError), (None, TypeError):
+            with pytest.raises(error):
+                pullback(value)
+        assert len(device.launches) == launches
+
+
+def test_a_backward_configuration_that_does_not_fit() -> None:
+    q = np.zeros((1, 40, 1, 64), np.float16)
+    config = BackwardConfig(
+        dtype="float16", bias_dtype="none", head_dim=64, head_dim_v=64, block_m=16, block_n=16, block_d=64, block_dv=64,
+        num_warps=1, key_warps=1, num_stages=1, load_bytes=16, store_bytes=16, windowed=True, softcapped=False,
+        varlen=False, deterministic=True,
+    )  # fmt: skip
+    options = cuflash.Options(backward_config=config)
+    with cuflash.emulate("sm_80") as device:
+        _, pullback = cuflash.vjp(cuflash.attention, q, q, q, options=options)
+        with pytest.raises(cuflash.CuflashError, match=r"backward_config.windowed = True: must be False, as the pro"):
+            pullback(q)
+        assert len(device.launches) == 1
+    with pytest.raises(InvalidValueError, match=r"options = .*: must be None on the CPU"):
+        cuflash.vjp(cuflash.attention, q, q, q, options=options)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_the_order_of_additions_may_be_asked_for_on_the_cpu_too(deterministic) -> None:
+    options = cuflash.Options(deterministic=deterministic)
+    _, pullback = cuflash.vjp(cuflash.attention, Q, K, V, options=options)
+    assert len(pullback(OUT)) == 3

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 import cuflash
+from tests import tolerances
+from tests.attention.cases import Case
+from tests.attention.cases import make as make_case
+from tests.gradients.cases import cotangent, gradients
 
 
 def make(*shapes, dtype=np.float32):
@@ -96,3 +102,40 @@ def test_a_pair_of_cotangents_may_be_a_list() -> None:
     result, pullback = cuflash.vjp(cuflash.attention, q, k, v, return_lse=True)
     for a, b in zip(pullback(list(result)), pullback(result), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_cotangents_at_odd_addresses(device: Any, dtype: str) -> None:
+    """On a GPU copied, since a kernel takes elements only where their type may lie; others are used in place."""
+    case = Case(dtype=dtype, seqlen_q=20, seqlen_k=40)
+    inputs = make_case(case)
+    given = cotangent(case, inputs)
+
+    def at_odd_address(array: np.ndarray) -> np.ndarray:
+        moved = np.zeros(array.nbytes + 1, np.uint8)[1:].view(array.dtype).reshape(array.shape)
+        moved[...] = array
+        return moved
+
+    want = gradients(device, case, inputs, given)
+    for got, expected in zip(gradients(device, case, inputs, tuple(map(at_odd_address, given))), want, strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("states", [1, 3])
+def test_merge_states_on_every_device(device: Any, dtype: str, states: int) -> None:
+    outs, douts = make((states, 2, 5, 3, 8), (2, 5, 3, 8), dtype=dtype)
+    lses, dlses = make((states, 2, 3, 5), (2, 3, 5), dtype=tolerances.lse_dtype(dtype))
+    lses[0, :, :, :2] = -np.inf
+
+    def pull(*arrays: Any) -> Any:
+        result, pullback = cuflash.vjp(cuflash.merge_states, *arrays[:2])
+        return (*result, *pullback(arrays[2:]))
+
+    out, lse, *got = device.run(pull, outs, lses, douts, dlses)
+    ulps = 4 * float(ml_dtypes.finfo(dtype).eps)
+    want = cuflash.merge_states(outs, lses)
+    np.testing.assert_allclose(out.astype(float), want[0].astype(float), atol=ulps, rtol=ulps)
+    np.testing.assert_allclose(lse, want[1], atol=1e-6, rtol=1e-6)
+    exact = [x.astype(float) for x in (outs, lses, douts, dlses)]
+    expected = cuflash.vjp(cuflash.merge_states, *exact[:2])[1](tuple(exact[2:]))
+    for gradient, exactly in zip(got, expected, strict=True):
+        np.testing.assert_allclose(gradient.astype(float), exactly, atol=2e-5 + ulps)
