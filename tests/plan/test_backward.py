@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -116,6 +117,17 @@ def test_grids_and_workspaces_of_a_packed_problem():
     blocks = [launch.grid[0] for launch in planned.launches]
     assert blocks == [planned.q_tiles * 16, planned.k_tiles * 4, planned.q_tiles * 16]
     assert planned.row_shape == (1, 16, planned.q_tiles * config.block_m)
+
+
+@pytest.mark.parametrize("changes", [{}, {"head_dim": 512, "head_dim_v": 512}, {"head_dim": 65}], ids=str)
+def test_workspaces_are_linear_in_the_lengths(changes):
+    problem = replace(LONG, **changes)
+    once = plan(problem)
+    twice = plan(replace(problem, seqlen_q=8192, seqlen_k=8192))
+    for shape in ("row_shape", "sum_shape", "turn_shape"):
+        assert math.prod(getattr(twice, shape)) == 2 * math.prod(getattr(once, shape))
+    elements = problem.batch * problem.seqlen_q * problem.num_heads * problem.head_dim
+    assert elements <= math.prod(once.sum_shape) <= 2 * elements
 
 
 @pytest.mark.parametrize(
