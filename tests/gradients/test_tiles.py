@@ -111,3 +111,15 @@ def test_the_order_of_warps_and_copies_changes_no_bit(tile: str, name: str) -> N
     for got in others:
         for gradient, expected in zip(got, want, strict=True):
             np.testing.assert_array_equal(gradient, expected)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_block_waits_for_earlier_blocks_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks one after the other, in the order in which a GPU starts them: none may wait for one that comes later."""
+    case = tiled(CASES[name], block_m=16)
+    inputs = make(case)
+    given = cotangent(case, inputs)
+    together = gradients(EmulatedDevice(), case, inputs, given)
+    monkeypatch.setattr("cuflash.emulator.device.BATCH_THREADS", 1)
+    for alone, expected in zip(gradients(EmulatedDevice(), case, inputs, given), together, strict=True):
+        np.testing.assert_array_equal(alone, expected)
