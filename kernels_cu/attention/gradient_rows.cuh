@@ -36,13 +36,13 @@ struct QueryGradient {
         return (((warp * kM + m) * 2 * kN + n) * 4 + e / kUnit * kUnit) * 32 + lane * kUnit + e % kUnit;
     }
 
-    // The fragment (m, n) of a thread.
+    // The fragment (m, n) of a thread, rows that do not exist included.
     static __device__ __forceinline__ void load(T (&x)[4], const T* sums, int warp, int lane, int m, int n) {
         if constexpr (kUnit == 4) {
             ptx::load_global_v4(x, sums + offset(warp, lane, m, n, 0));
         } else {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) x[e] = sums[offset(warp, lane, m, n, e)];
+            for (int e = 0; e < 4; ++e) x[e] = load_element<sum_element(C.dtype)>(sums, offset(warp, lane, m, n, e));
         }
     }
 
