@@ -1,4 +1,4 @@
-"""Global memory that the launches of a plan read and write, exact to the byte, by array.
+"""Global memory that the launches of a forward plan read and write, exact to the byte, by array.
 
 A byte counts as often as an instruction asks for it: what two blocks read counts twice, in a cache or not. What the
 kernels do, and this module therefore counts:
@@ -6,7 +6,7 @@ kernels do, and this module therefore counts:
 - a block reads its queries once, unless it has no key tile to visit;
 - of the keys and values it reads those of `Problem.key_range`, once per chunk of output columns (values: its chunk's
   columns), and of a bias the elements of these keys and its queries, masked or not;
-- it writes its rows of o (and, the first chunk, of lse) once; a split of the keys writes a float32 partial state, also
+- it writes its rows of o (and, the first chunk, of lse) once; a split of the keys writes a partial state, also
   where its share is empty, and the combine launch reads all of them once;
 - of a packed problem each block reads the cu_seqlens that its search passes, and the ends of its sequence.
 """
@@ -20,18 +20,16 @@ from itertools import pairwise
 from typing import NamedTuple, cast
 
 from cuflash.errors import InvalidValueError
-from cuflash.plan.config import ForwardConfig
+from cuflash.plan.config import ELEMENT_BYTES, ForwardConfig
 from cuflash.plan.forward import ForwardPlan
 from cuflash.problem import Problem
 
-DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-FLOAT = 4  # lse and partial states
-INDEX = 4  # an entry of cu_seqlens
+INDEX = 4  # bytes of an entry of cu_seqlens
 
 
 @dataclass(frozen=True)
 class LaunchTraffic:
-    """Bytes by array name: q, k, v, bias, cu_seqlens_q, cu_seqlens_k, o, lse, o_partial, lse_partial."""
+    """Bytes by array, named as in `FORWARD_PARAMS` and `BACKWARD_PARAMS`; a split's are o_partial and lse_partial."""
 
     read: dict[str, int]
     written: dict[str, int]
@@ -71,10 +69,11 @@ def forward_traffic(
     """
     config = cast(ForwardConfig, plan.forward.config)
     chunks = -(-config.head_dim_v // config.block_dv)
-    element = DTYPE_BYTES[config.dtype]
-    bias_element = 0 if problem.bias_dtype is None else DTYPE_BYTES[problem.bias_dtype]
+    element = ELEMENT_BYTES[config.dtype]
+    bias_element = 0 if problem.bias_dtype is None else ELEMENT_BYTES[problem.bias_dtype]
+    wide = sum_bytes(config.dtype)
     read: Counter[str] = Counter()
-    for (len_q, len_k), count in Counter(_lengths(problem, cu_seqlens_q, cu_seqlens_k)).items():
+    for (len_q, len_k), count in Counter(sequence_lengths(problem, cu_seqlens_q, cu_seqlens_k)).items():
         heads = count * problem.num_heads
         for tile in query_tiles(problem, config, len_q, len_k):
             read["q"] += heads * chunks * min(plan.num_splits, tile.key_tiles) * tile.rows * config.head_dim * element
@@ -83,48 +82,66 @@ def forward_traffic(
             read["bias"] += heads * chunks * tile.keys * tile.rows * bias_element
     if cu_seqlens_q is not None:
         blocks = plan.num_splits * chunks * problem.num_heads  # that share a slot
-        for name, count in _index_reads(cu_seqlens_q, config.block_m, plan.q_tiles).items():
-            read[name] = INDEX * blocks * count
+        slots = slot_owners(cu_seqlens_q, config.block_m, plan.q_tiles)
+        read["cu_seqlens_q"] = INDEX * blocks * (slots.steps + 2 * slots.owned + slots.spare)
+        read["cu_seqlens_k"] = INDEX * blocks * 2 * slots.owned
 
-    rows = problem.num_heads * (problem.batch * problem.seqlen_q if problem.total_q is None else problem.total_q)
+    rows = problem.num_heads * tokens(problem)[0]
     result = {"o": rows * config.head_dim_v * element}
     if return_lse:
-        result["lse"] = rows * FLOAT
+        result["lse"] = rows * wide
     if plan.combine is None:
-        return (LaunchTraffic(_nonzero(read), _nonzero(result)),)
-    states = plan.num_splits * rows * FLOAT
-    partial = _nonzero({"o_partial": states * config.head_dim_v, "lse_partial": states})
-    return LaunchTraffic(_nonzero(read), partial), LaunchTraffic(partial, _nonzero(result))
+        return (LaunchTraffic(nonzero(read), nonzero(result)),)
+    states = plan.num_splits * rows * wide
+    partial = nonzero({"o_partial": states * config.head_dim_v, "lse_partial": states})
+    return LaunchTraffic(nonzero(read), partial), LaunchTraffic(partial, nonzero(result))
 
 
-def _nonzero(counts: dict[str, int]) -> dict[str, int]:
+def nonzero(counts: dict[str, int]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def _lengths(
-    problem: Problem, cu_seqlens_q: Sequence[int] | None, cu_seqlens_k: Sequence[int] | None
+def sum_bytes(dtype: str) -> int:
+    """Of lse, of partial states and of sums in memory."""
+    return 8 if dtype == "float64" else 4
+
+
+def tokens(problem: Problem) -> tuple[int, int]:
+    """Queries and keys of one head, of all sequences; packed: also those behind the last sequence."""
+    if problem.total_q is None or problem.total_k is None:
+        return problem.batch * problem.seqlen_q, problem.batch * problem.seqlen_k
+    return problem.total_q, problem.total_k
+
+
+def sequence_lengths(
+    problem: Problem, cu_seqlens_q: Sequence[int] | None = None, cu_seqlens_k: Sequence[int] | None = None
 ) -> list[tuple[int, int]]:
-    """(len_q, len_k) of every sequence."""
+    """(queries, keys) of every sequence: the batch of a dense problem, differences of cu_seqlens of a packed one."""
     if not problem.varlen:
         return [(problem.seqlen_q, problem.seqlen_k)] * problem.batch
-    if cu_seqlens_q is None or cu_seqlens_k is None:
-        raise InvalidValueError("cu_seqlens_q = None: must be given, with cu_seqlens_k, for a packed problem")
-    lengths = ([b - a for a, b in pairwise(ends)] for ends in (cu_seqlens_q, cu_seqlens_k))
+    lengths = []
+    for name, ends in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if ends is None or len(ends) != problem.batch + 1:
+            raise InvalidValueError(f"{name} = {ends}: must list the {problem.batch + 1} ends of packed sequences")
+        lengths.append([int(end) - int(begin) for begin, end in pairwise(ends)])
     return list(zip(*lengths, strict=True))
 
 
-def _index_reads(cu_seqlens_q: Sequence[int], block_m: int, slots: int) -> dict[str, int]:
-    """Entries of cu_seqlens that one block per slot reads: the steps of its search and the ends of its sequence."""
-    batch = len(cu_seqlens_q) - 1
-    first = [start // block_m + b for b, start in enumerate(cu_seqlens_q)] + [slots]  # slot of each sequence
-    depth = _search_steps(batch + 1)
-    counts = {"cu_seqlens_q": 0, "cu_seqlens_k": 0}
-    for b in range(batch + 1):
-        owned = first[b + 1] - (0 if b == 0 else first[b])
-        ends = 2 if b < batch else 0
-        counts["cu_seqlens_q"] += owned * (depth[b] + max(ends, 1))
-        counts["cu_seqlens_k"] += owned * ends
-    return counts
+class SlotOwners(NamedTuple):
+    """Whose the tile slots of a packed axis are, and how long blocks search for that."""
+
+    steps: int  # of the bisections of one block per slot, each of which reads an entry of cu_seqlens
+    owned: int  # slots of the sequences
+    spare: int  # of the tokens behind the last sequence
+
+
+def slot_owners(cu_seqlens: Sequence[int], block: int, slots: int) -> SlotOwners:
+    """The slots of tiles of `block` tokens; sequence b owns those from cu_seqlens[b] // block + b on."""
+    first = [int(start) // block + b for b, start in enumerate(cu_seqlens)]
+    counts = [end - begin for begin, end in pairwise([0, *first[1:], slots])]
+    depths = _search_steps(len(cu_seqlens))
+    steps = sum(count * depth for count, depth in zip(counts, depths, strict=True))
+    return SlotOwners(steps, sum(counts[:-1]), counts[-1])
 
 
 def _search_steps(count: int) -> list[int]:

@@ -70,7 +70,7 @@ def test_packed_blocks_search_their_sequence():
     (launch,) = traffic(problem, replace(CONFIG, varlen=True), cu_seqlens_q=[0, 64, 64], cu_seqlens_k=[0, 9, 9])
     # Slots 0 and 1 are sequence 0's, slot 2 is sequence 1's, slot 3 that of the tokens past both.
     assert launch.read["cu_seqlens_k"] == 4 * 4 * (2 + 2 + 2)
-    with pytest.raises(InvalidValueError, match="cu_seqlens_q = None: must be given"):
+    with pytest.raises(InvalidValueError, match="cu_seqlens_q = None: must list the 3 ends"):
         traffic(problem, replace(CONFIG, varlen=True))
 
 
