@@ -14,12 +14,13 @@ DTYPES = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float32": np.dtype(np.float32),
+    "tf32": np.dtype(np.float32),  # float32 arrays, TF32 products
     "float64": np.dtype(np.float64),
 }
 
 # Largest accepted error relative to the largest |o|: a few roundings of the weights and of the output (unit roundoff
-# 2^-11, 2^-8, 2^-24, 2^-53), sums of thousands of terms included.
-ERROR_LIMITS = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 2e-5, "float64": 1e-12}
+# 2^-11, 2^-8, 2^-24, 2^-11, 2^-53), sums of thousands of terms included.
+ERROR_LIMITS = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 2e-5, "tf32": 4e-3, "float64": 1e-12}
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Case:
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             head_dim_v=self.head_dim,
-            dtype=self.dtype,
+            dtype="float32" if self.dtype == "tf32" else self.dtype,
             scale=default_scale(self.head_dim),
             left=self.left,
             right=self.right,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -49,6 +49,9 @@ def find_backward(device: str, with_forward: bool) -> list[Contender]:
     """As `find`, for the gradients of q, k and v from `cotangent(inputs)`, with or without the forward."""
     source = version("cuflash") if _installed("cuflash") else "source tree"
     found = [Contender("cuflash", source, _cuflash_backward(device, with_forward))]
+    if device == "cuda":
+        any_order = _cuflash_backward(device, with_forward, deterministic=False)
+        found.append(Contender("cuflash any order", source, any_order))
     if find_spec("torch"):
         found.extend(_torch_backward_contenders(device, with_forward))
     return found
@@ -88,12 +91,25 @@ def _cuflash(device: str) -> Callable[[Case, Inputs], Run]:
 
 
 def _keywords(case: Case) -> dict[str, Any]:
-    return {"causal": case.mask == "causal"} | ({} if case.left is None else {"window": (case.left, case.right)})
+    keywords: dict[str, Any] = {"causal": case.mask == "causal"}
+    if case.left is not None:
+        keywords["window"] = case.left, case.right
+    if case.dtype == "tf32":
+        from cuflash import Options
+
+        keywords["options"] = Options(precision="tf32")
+    return keywords
 
 
-def _cuflash_backward(device: str, with_forward: bool) -> Callable[[Case, Inputs], Run]:
+def _cuflash_backward(
+    device: str, with_forward: bool, deterministic: bool = True
+) -> Callable[[Case, Inputs], Run]:
     def prepare(case: Case, inputs: Inputs) -> Run:
         import cuflash
+
+        keywords = _keywords(case)
+        if not deterministic:
+            keywords["options"] = replace(keywords.get("options", cuflash.Options()), deterministic=False)
 
         arrays: list[Any] = [*inputs, cotangent(inputs)]
         if device == "cuda":
@@ -103,7 +119,7 @@ def _cuflash_backward(device: str, with_forward: bool) -> Callable[[Case, Inputs
         *qkv, dout = arrays
 
         def differentiate() -> Any:
-            return cuflash.vjp(cuflash.attention, *qkv, **_keywords(case))[1]
+            return cuflash.vjp(cuflash.attention, *qkv, **keywords)[1]
 
         pullback = differentiate()
         call = (lambda: differentiate()(dout)) if with_forward else (lambda: pullback(dout))
@@ -180,6 +196,7 @@ def _torch_attention(case: Case, inputs: Inputs, device: str, backend: Any) -> t
     from torch.nn.attention import sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
+    torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
     mask = None if case.left is None else torch.from_numpy(case.visible()).to(device)
 
     def attend(q: Any, k: Any, v: Any) -> Any:

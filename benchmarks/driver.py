@@ -26,7 +26,7 @@ HOST_SHAPE = (1, 64, 1, 1, 64)  # so small that a call costs the host alone
 def parser(name: str, description: str) -> argparse.ArgumentParser:
     parse = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     parse.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parse.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"))
+    parse.add_argument("--dtype", nargs="+", choices=("float16", "bfloat16", "float32", "tf32", "float64"))
     parse.add_argument("--shapes", nargs="+", help="batch,seqlen,heads,head_dim[,kv_heads]")
     parse.add_argument("--masks", nargs="+", help="full, causal or window=left,right")
     parse.add_argument("--contenders", nargs="+", help="names to run; all by default")
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace, what: Pass, console: Console) -> dict[str, Any
 
     device = _device(args.device)
     cuda = device == "cuda"
-    dtype = args.dtype or ("bfloat16" if cuda else "float32")
+    dtypes = args.dtype or ["bfloat16" if cuda else "float32"]
     shapes = [parse_shape(s) for s in args.shapes or (GPU_SHAPES if cuda else CPU_SHAPES)]
     masks = [parse_mask(m) for m in args.masks or (GPU_MASKS if cuda else CPU_MASKS)]
     contenders = [c for c in what.find(device) if args.contenders is None or c.name in args.contenders]
@@ -68,8 +68,8 @@ def run(args: argparse.Namespace, what: Pass, console: Console) -> dict[str, Any
         import torch
 
         torch.set_num_threads(args.threads)
-    rates = machine.rates(device, dtype)
-    cases = [Case(*shape, dtype, *mask) for shape in shapes for mask in masks]
+    rates = {dtype: machine.rates(device, dtype) for dtype in dtypes}
+    cases = [Case(*shape, dtype, *mask) for dtype in dtypes for shape in shapes for mask in masks]
     results = _measure(what, cases, contenders, device, args.repeats or (50 if cuda else 15), rates, console)
     return {
         "device": device,
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace, what: Pass, console: Console) -> dict[str, Any
         "versions": {c.name: c.version for c in contenders},
         "rates": rates,
         "results": results,
-        "host_seconds": _host_times(what, contenders, dtype) if cuda else {},
+        "host_seconds": _host_times(what, contenders, dtypes[0]) if cuda else {},
     }
 
 
@@ -98,7 +98,7 @@ def _measure(
     contenders: list[Contender],
     device: str,
     repeats: int,
-    rates: dict[str, float],
+    rates: dict[str, dict[str, float]],
     console: Console,
 ) -> list[dict[str, Any]]:
     from rich.progress import Progress
@@ -115,7 +115,7 @@ def _measure(
             times = interleaved(runs, timer, repeats, lambda: progress.advance(task))
             for row in rows:
                 if "failure" not in row:
-                    row.update(_figures(what, case, times[row["contender"]].median, rates))
+                    row.update(_figures(what, case, times[row["contender"]].median, rates[case.dtype]))
                     row["seconds"] = times[row["contender"]].to_json()
                 results.append(row)
     return results

@@ -93,7 +93,8 @@ def _gpu_product(dtype: str) -> Any:
         import torch
 
         if torch.cuda.is_available():
-            kind = getattr(torch, dtype)
+            kind = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
+            torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
             x, y = (torch.randn(GPU_MATRIX, GPU_MATRIX, device="cuda", dtype=kind) for _ in range(2))
 
             def torch_product() -> None:
