@@ -84,7 +84,7 @@ def measure(case: Case, repeats: int, console: Console) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for rank, (config, _) in enumerate(jobs):
         seconds = times[str(rank)].median
-        row = {"rank": rank, "config": asdict(config), "resources": asdict(compiled[config])}
+        row: dict[str, Any] = {"rank": rank, "config": asdict(config), "resources": asdict(compiled[config])}
         rows.append(row | {"milliseconds": 1e3 * seconds, "tflops": 1e-12 * flops / seconds})
     rows.sort(key=lambda row: row["milliseconds"])
     columns = ("tile", "warps", "stages", "q", "model's rank", "registers", "spills", "ms", "TFLOP/s")
