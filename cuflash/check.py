@@ -15,6 +15,7 @@ from cuflash.errors import InvalidDtypeError, InvalidShapeError, InvalidTypeErro
 from cuflash.layout import Layout
 from cuflash.options import Options
 from cuflash.plan.arch import Arch
+from cuflash.plan.forward import MAX_HEAD_DIM, max_head_dim
 from cuflash.problem import Problem, default_scale
 
 DTYPE_NAMES: dict[np.dtype, str] = {
@@ -24,10 +25,7 @@ DTYPE_NAMES: dict[np.dtype, str] = {
     np.dtype(np.float64): "float64",
 }
 _DTYPES = ", ".join(DTYPE_NAMES.values())
-KERNEL_DTYPES = ("float16", "bfloat16")
 KERNEL_GRADIENT_DTYPES = ("float16", "bfloat16")
-KERNEL_BIAS_DTYPES = ("float16", "bfloat16", "float32")
-MAX_KERNEL_HEAD_DIM = 512
 MAX_LENGTH = 2**31 - 1  # kernels count tokens in int32
 
 
@@ -214,17 +212,10 @@ def _check_bias(bias: Layout, full: tuple[int, int, int, int], rank: int, packed
 
 def check_kernel_limits(asked: Problem, arch: Arch) -> None:
     """What the kernels cannot take but the CPU can."""
-    if asked.dtype not in KERNEL_DTYPES:
-        raise InvalidDtypeError(
-            f"q.dtype = {asked.dtype}: must be {' or '.join(KERNEL_DTYPES)} on {arch.name}; cast q, k and v to one"
-        )
-    if asked.bias_dtype not in (None, *KERNEL_BIAS_DTYPES):
-        raise InvalidDtypeError(
-            f"bias.dtype = {asked.bias_dtype}: must be {', '.join(KERNEL_BIAS_DTYPES)} on {arch.name}; cast it to one"
-        )
     for name, size in (("q", asked.head_dim), ("v", asked.head_dim_v)):
-        if not 1 <= size <= MAX_KERNEL_HEAD_DIM:
-            raise InvalidShapeError(f"{name}.shape[-1] = {size}: must be 1 to {MAX_KERNEL_HEAD_DIM} on {arch.name}")
+        most = max_head_dim(asked.dtype, arch) if name == "q" else MAX_HEAD_DIM
+        if not 1 <= size <= most:
+            raise InvalidShapeError(f"{name}.shape[-1] = {size}: must be 1 to {most} for {asked.dtype} on {arch.name}")
     for name, length in (
         ("batch", asked.batch),
         ("seqlen_q", asked.total_q or asked.seqlen_q),
@@ -237,7 +228,7 @@ def check_kernel_limits(asked: Problem, arch: Arch) -> None:
 def check_gradient_limits(dtype: np.dtype, arch: Arch) -> None:
     """What the kernels of the backward pass cannot take but those of the forward pass can."""
     name = DTYPE_NAMES.get(dtype)
-    if name in KERNEL_DTYPES and name not in KERNEL_GRADIENT_DTYPES:
+    if name is not None and name not in KERNEL_GRADIENT_DTYPES:
         raise InvalidDtypeError(
             f"q.dtype = {dtype}: must be {' or '.join(KERNEL_GRADIENT_DTYPES)} for gradients on {arch.name}; "
             "cast q, k and v to one"
@@ -260,6 +251,13 @@ def check_out(out: Layout, shape: tuple[int, ...], dtype: np.dtype) -> None:
         if stride < spanned:
             raise InvalidValueError(f"out.strides = {out.strides}: elements must not overlap")
         spanned += (size - 1) * stride
+
+
+def check_precision(asked: Problem, options: Options) -> None:
+    if options.precision is not None and asked.dtype != "float32":
+        raise InvalidValueError(
+            f"options.precision = {options.precision!r}: must be None for {asked.dtype}; float32 alone has another"
+        )
 
 
 def check_options(options: Any, on_kernels: bool) -> None:

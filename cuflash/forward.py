@@ -20,7 +20,6 @@ from cuflash.plan.params import COMBINE_PARAMS, FORWARD_PARAMS
 from cuflash.problem import Problem
 
 MAX_PREPARED = 1024  # problems kept per device
-FLOAT32 = np.dtype(np.float32)
 INPUTS = ("q", "k", "v", "bias")
 
 FORWARD_BYTES, COMBINE_BYTES = records.as_bytes(FORWARD_PARAMS), records.as_bytes(COMBINE_PARAMS)
@@ -111,6 +110,8 @@ def _prepare(
     problem = check.problem(q, k, v, bias, asked, packing)
     if device is not None:
         check.check_kernel_limits(problem, device.arch)
+    if options is not None:
+        check.check_precision(problem, options)
     out_shape = (*q.shape[:-1], problem.head_dim_v)
     if out is not None:
         check.check_out(out, out_shape, q.dtype)
@@ -193,8 +194,8 @@ def _launch(
         words[AT["o"]], words[AT["lse"]] = o_address, lse_address
         launches.forward(words.view(FORWARD_BYTES))
         return
-    words[AT["o"]] = call.workspace(split.partials.shape, FLOAT32, "o_partial")
-    words[AT["lse"]] = call.workspace(split.partials.lse_shape, FLOAT32, "lse_partial")
+    words[AT["o"]] = call.workspace(split.partials.shape, split.partials.dtype, "o_partial")
+    words[AT["lse"]] = call.workspace(split.partials.lse_shape, split.partials.dtype, "lse_partial")
     launches.forward(words.view(FORWARD_BYTES))
     merge = split.words.copy()
     merge[COMBINE_AT["states"]] += words[AT["o"]]

@@ -11,15 +11,13 @@ import numpy as np
 
 from cuflash import records
 from cuflash.arrays import Kind, device_of, gather, kind_of
-from cuflash.check import DTYPE_NAMES, KERNEL_BIAS_DTYPES
+from cuflash.check import DTYPE_NAMES
 from cuflash.device import Call, Device
 from cuflash.errors import InvalidDtypeError, InvalidShapeError, InvalidTypeError, InvalidValueError
 from cuflash.layout import Layout, NativeArray, contiguous_strides, layout
-from cuflash.plan.config import MAX_SPLITS
+from cuflash.plan.config import MAX_SPLITS, state_dtype
 from cuflash.plan.forward import plan_combine
 from cuflash.vjp import Pullback, register
-
-FLOAT32 = np.dtype(np.float32)
 
 
 def merge_states(outs: Any, lses: Any) -> tuple[Any, Any]:
@@ -32,11 +30,10 @@ def merge_states(outs: Any, lses: Any) -> tuple[Any, Any]:
     ----------
     outs : sequence of arrays, or one array with the states along its first axis
         At least one state, each (batch, seqlen_q, num_heads, head_dim_v), (seqlen_q, num_heads, head_dim_v) or
-        (seqlen_q, head_dim_v), as `attention` and `attention_varlen` return it. float16, bfloat16, float32, and on the
-        CPU float64.
+        (seqlen_q, head_dim_v), as `attention` and `attention_varlen` return it. float16, bfloat16, float32 or float64.
     lses : sequence of arrays, or one array with the states along its first axis
-        As many, each (batch, num_heads, seqlen_q), (num_heads, seqlen_q) or (seqlen_q,), natural log; float32, on the
-        CPU also float64. A state of -inf adds nothing, whatever its out holds.
+        As many, each (batch, num_heads, seqlen_q), (num_heads, seqlen_q) or (seqlen_q,), natural log; float32, float64
+        for outs of float64 (on the CPU for any). A state of -inf adds nothing, whatever its out holds.
 
     Returns
     -------
@@ -111,14 +108,13 @@ def _check(
     if len(lses) != len(outs):
         raise InvalidValueError(f"lses hold {len(lses)} states: must hold {len(outs)}, as many as outs")
     shape, dtype = outs[0].shape, outs[0].dtype
-    out_dtypes = tuple(DTYPE_NAMES.values()) if device is None else KERNEL_BIAS_DTYPES
-    lse_dtypes = ("float32", "float64") if device is None else ("float32",)
     if not 2 <= len(shape) <= 4:
         raise InvalidShapeError(
             f"{out_names[0]}.shape = {shape}: must be (seqlen_q, head_dim_v), (seqlen_q, num_heads, head_dim_v) or "
             "(batch, seqlen_q, num_heads, head_dim_v)"
         )
-    _check_dtype(out_names[0], dtype, out_dtypes, device)
+    _check_dtype(out_names[0], dtype, tuple(DTYPE_NAMES.values()), device)
+    lse_dtypes = ("float32", "float64") if device is None else (state_dtype(DTYPE_NAMES[dtype]),)
     _check_dtype(lse_names[0], lses[0].dtype, lse_dtypes, device)
     for names, arrays, want in ((out_names, outs, shape), (lse_names, lses, _lse_shape(shape))):
         for name, array in zip(names, arrays, strict=True):
@@ -239,18 +235,19 @@ def _of_one_layout(arrays: Sequence[NativeArray]) -> Sequence[NativeArray]:
 def _merge_groups(
     device: Device, call: Call, states: _States, shape: tuple[int, ...], lse_shape: tuple[int, ...]
 ) -> _States:
-    """One level of a tree: up to MAX_SPLITS states become one, in float32."""
+    """One level of a tree: up to MAX_SPLITS states become one, in the dtype of their sums."""
+    dtype = np.dtype(state_dtype(states.dtype))
     starts = range(0, len(states.outs), MAX_SPLITS)
-    out = Layout(shape, contiguous_strides(shape, FLOAT32.itemsize), FLOAT32, 0)
-    first_out = call.workspace((len(starts), *shape), FLOAT32, "o_partial")
-    first_lse = call.workspace((len(starts), *lse_shape), FLOAT32, "lse_partial")
-    outs = [first_out + i * math.prod(shape) * FLOAT32.itemsize for i in range(len(starts))]
-    lses = [first_lse + i * math.prod(lse_shape) * FLOAT32.itemsize for i in range(len(starts))]
+    out = Layout(shape, contiguous_strides(shape, dtype.itemsize), dtype, 0)
+    first_out = call.workspace((len(starts), *shape), dtype, "o_partial")
+    first_lse = call.workspace((len(starts), *lse_shape), dtype, "lse_partial")
+    outs = [first_out + i * math.prod(shape) * dtype.itemsize for i in range(len(starts))]
+    lses = [first_lse + i * math.prod(lse_shape) * dtype.itemsize for i in range(len(starts))]
     for i, start in enumerate(starts):
         group = slice(start, start + MAX_SPLITS)
         _combine(device, states._replace(outs=states.outs[group], lses=states.lses[group]), out, outs[i], lses[i])
     lse_strides = records.lse_strides(contiguous_strides(lse_shape, 1))
-    return _States(outs, lses, records.token_strides("out", out), lse_strides, "float32")
+    return _States(outs, lses, records.token_strides("out", out), lse_strides, dtype.name)
 
 
 def _combine(device: Device, states: _States, out: Layout, out_address: int, lse_address: int) -> None:

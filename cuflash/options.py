@@ -21,6 +21,9 @@ class Options:
     config : ForwardConfig, optional
         Explicit kernel configuration; None lets the plan choose. The fields that follow from the
         problem (dtype, head dims, bias, ...) must agree with it.
+    precision : str, optional
+        None: float32 is accurate to float32. "tf32", of float32 inputs alone: products see their first 11 significant
+        bits, in a third of the matrix instructions; sums stay in float32.
     deterministic : bool
         Gradients have the same bits every time: key tiles add to dq in a fixed order. If False, in the order in which
         they come, and the last bits of dq may vary. On the CPU gradients never vary.
@@ -30,6 +33,7 @@ class Options:
 
     num_splits: int | None = None
     config: ForwardConfig | None = None
+    precision: str | None = None
     deterministic: bool = True
     backward_config: BackwardConfig | None = None
 
@@ -41,6 +45,10 @@ class Options:
                 raise InvalidValueError(f"options.num_splits = {self.num_splits}: must be 1 to {MAX_SPLITS}")
         if self.config is not None and not isinstance(self.config, ForwardConfig):
             raise InvalidTypeError(f"options.config = {self.config!r}: must be a ForwardConfig or None")
+        if self.precision is not None and not isinstance(self.precision, str):
+            raise InvalidTypeError(f"options.precision = {self.precision!r}: must be a str or None")
+        if self.precision not in (None, "tf32"):
+            raise InvalidValueError(f"options.precision = {self.precision!r}: must be 'tf32' or None")
         if not isinstance(self.deterministic, bool):
             raise InvalidTypeError(f"options.deterministic = {self.deterministic!r}: must be True or False")
         given = self.backward_config

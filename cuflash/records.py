@@ -14,7 +14,7 @@ import numpy as np
 from cuflash.errors import InvalidValueError
 from cuflash.layout import ALIGNMENT, Layout, contiguous_strides
 from cuflash.plan.backward import BackwardPlan
-from cuflash.plan.config import MAX_SPLITS
+from cuflash.plan.config import MAX_SPLITS, state_dtype
 from cuflash.plan.forward import ForwardPlan
 from cuflash.plan.params import BACKWARD_PARAMS, COMBINE_PARAMS, FORWARD_PARAMS, NO_BOUND
 from cuflash.problem import Problem
@@ -64,8 +64,9 @@ def bias_shape(bias: Layout) -> tuple[int, int, int, int]:
 
 
 class Partials(NamedTuple):
-    """C-contiguous float32 states of a split plan, the split axis first; strides in elements."""
+    """C-contiguous states of a split plan, the split axis first; strides in elements."""
 
+    dtype: np.dtype
     shape: tuple[int, ...]
     lse_shape: tuple[int, ...]
     strides: tuple[int, int, int, int]  # split, batch, token, head
@@ -77,7 +78,8 @@ def partials(problem: Problem, num_splits: int) -> Partials:
     shape = (num_splits, batch, tokens, problem.num_heads, problem.head_dim_v)
     lse_shape = (num_splits, batch, problem.num_heads, tokens)
     strides = contiguous_strides(shape, 1)[:-1]
-    return Partials(shape, lse_shape, strides, contiguous_strides(lse_shape, 1))  # type: ignore[arg-type]
+    dtype = np.dtype(state_dtype(problem.dtype))
+    return Partials(dtype, shape, lse_shape, strides, contiguous_strides(lse_shape, 1))  # type: ignore[arg-type]
 
 
 def as_words(record: np.ndarray) -> np.ndarray:
@@ -192,7 +194,7 @@ def split_combine_record(problem: Problem, num_splits: int, o: Layout, lse_shape
         token_strides("out", o),
         lse_strides(contiguous_strides(lse_shape, 1)),
     )
-    float_bytes = 4
-    record["states"] = np.arange(MAX_SPLITS) * (partial.strides[0] * float_bytes)
-    record["lses"] = np.arange(MAX_SPLITS) * (partial.lse_strides[0] * float_bytes)
+    size = partial.dtype.itemsize
+    record["states"] = np.arange(MAX_SPLITS) * (partial.strides[0] * size)
+    record["lses"] = np.arange(MAX_SPLITS) * (partial.lse_strides[0] * size)
     return record

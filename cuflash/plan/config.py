@@ -13,6 +13,11 @@ ARRAY_DTYPES = ELEMENT_NAMES[1:5]  # tf32 is no dtype: float32 whose products ar
 MAX_SPLITS = 128  # partial states that one combine launch merges
 
 
+def state_dtype(dtype: str) -> str:
+    """Of lse and of partial states, for inputs of `dtype`."""
+    return "float64" if dtype == "float64" else "float32"
+
+
 def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 

@@ -9,21 +9,21 @@ from functools import cache
 from cuflash.errors import ConfigError, InvalidValueError
 from cuflash.options import Options
 from cuflash.plan.arch import Arch
-from cuflash.plan.config import MAX_SPLITS, CombineConfig, ForwardConfig, KernelConfig, round_up
-from cuflash.plan.cost import (
-    ADMITTED_ESTIMATES,
-    COMPILER_REGISTERS,
-    MAX_REGISTERS,
-    Work,
-    blocks_per_sm,
-    cycles,
-    registers,
-    shared_bytes,
+from cuflash.plan.config import (
+    ELEMENT_BYTES,
+    MAX_SPLITS,
+    CombineConfig,
+    ForwardConfig,
+    KernelConfig,
+    round_up,
+    state_dtype,
 )
+from cuflash.plan.cost import Work, blocks_per_sm, cycles, fits_registers, shared_bytes
 from cuflash.problem import Problem
 
 MAX_BLOCKS = 2**31 - 1
-MAX_BLOCK_DV = 256
+MAX_HEAD_DIM = 512
+MAX_BLOCK_DV = {"float64": 128}  # else 256
 FEW_ROWS = 16  # up to as many queries a sequence, as in decoding, take tiles of their own
 LONG = 4096  # keys, and
 BUSY_BLOCKS = 64  # blocks a multiprocessor, for which configurations are ranked
@@ -68,13 +68,13 @@ def plan_forward(
     Parameters
     ----------
     problem : Problem
-        Of dtype float16 or bfloat16, with at least one query.
+        With at least one query.
     arch : Arch
         What the kernel is compiled for.
     load_bytes, store_bytes : int
         Widest access, 2 to 16, that every row of q, k and v, and of o, is aligned to.
     options : Options, optional
-        An explicit configuration or number of splits.
+        A precision, an explicit configuration or number of splits.
     sm_count : int, optional
         Multiprocessors of the device; by default those of the architecture's usual part.
 
@@ -87,7 +87,7 @@ def plan_forward(
     """
     options = options or Options()
     sms = sm_count or arch.sm_count
-    required = required_fields(problem, load_bytes, store_bytes)
+    required = required_fields(problem, load_bytes, store_bytes, options)
     if options.config is not None:
         _validate(options.config, required, options.num_splits, arch)
         splits = options.num_splits or (_num_splits(problem, options.config, arch, sms) if options.config.split else 1)
@@ -133,7 +133,8 @@ def _plan(problem: Problem, config: ForwardConfig, num_splits: int) -> ForwardPl
     combine = None
     if config.split:
         tokens = problem.batch * problem.seqlen_q if problem.total_q is None else problem.total_q
-        combine = plan_combine("float32", config.dtype, config.head_dim_v, tokens * problem.num_heads)
+        rows = tokens * problem.num_heads
+        combine = plan_combine(state_dtype(config.dtype), problem.dtype, config.head_dim_v, rows)
     return ForwardPlan(forward, combine, num_splits, q_tiles(problem, config.block_m))
 
 
@@ -182,10 +183,13 @@ def _most_visible_keys(problem: Problem, block_m: int) -> int:
     return max(end - begin, half_end - half_begin, 0)
 
 
-def required_fields(problem: Problem, load_bytes: int, store_bytes: int) -> dict[str, object]:
-    """Fields of a configuration, of the forward and of the backward pass, that follow from the problem."""
+def required_fields(
+    problem: Problem, load_bytes: int, store_bytes: int, options: Options | None = None
+) -> dict[str, object]:
+    """Fields of a configuration, of the forward and of the backward pass, that follow from what is asked."""
+    precision = options.precision if options is not None else None
     return {
-        "dtype": problem.dtype,
+        "dtype": precision or problem.dtype,
         "bias_dtype": problem.bias_dtype or "none",
         "head_dim": problem.head_dim,
         "head_dim_v": problem.head_dim_v,
@@ -199,17 +203,21 @@ def required_fields(problem: Problem, load_bytes: int, store_bytes: int) -> dict
 
 def _candidates(required: dict[str, object], few_rows: bool, split: bool) -> Iterator[ForwardConfig]:
     """Every tiling worth a look for few or many query rows."""
+    dtype: str = required["dtype"]  # type: ignore[assignment]
     head_dim_v: int = required["head_dim_v"]  # type: ignore[assignment]
     if split:
-        required["store_bytes"] = partial_store_bytes(head_dim_v)
-    chunks = -(-head_dim_v // MAX_BLOCK_DV)
+        required["store_bytes"] = partial_store_bytes(dtype, head_dim_v)
+    chunks = -(-head_dim_v // MAX_BLOCK_DV.get(dtype, 256))
     block_dv = round_up(-(-head_dim_v // chunks), 16)
-    row_tiles = ((16, 1),) if few_rows else ((128, 4), (128, 8), (64, 4), (32, 2))
-    key_tiles = (128, 96, 64, 48, 32) if few_rows else (128, 96, 64, 48, 32, 16)
+    wide = dtype in ("float32", "float64")
+    row_tiles = ((16, 1),) if few_rows else ((128, 4), (128, 8), (64, 4), (32, 2), (16, 1))[: 5 if wide else 4]
+    key_tiles = (32, 16) if wide else (128, 96, 64, 48, 32) if few_rows else (128, 96, 64, 48, 32, 16)
     for block_m, num_warps in row_tiles:
         for block_n in key_tiles:
+            if dtype == "float32" and block_m > 16 * num_warps and block_n < 32:
+                continue  # the assembler spills more than with 32
             for num_stages in (1, 2):
-                for q_in_registers in (False, True):
+                for q_in_registers in (False, True)[: 1 if dtype == "float32" else 2]:
                     yield ForwardConfig(
                         block_m=block_m, block_n=block_n, block_dv=block_dv, num_warps=num_warps,
                         num_stages=num_stages, q_in_registers=q_in_registers, split=split,
@@ -217,15 +225,28 @@ def _candidates(required: dict[str, object], few_rows: bool, split: bool) -> Ite
                     )  # fmt: skip
 
 
-def partial_store_bytes(head_dim_v: int) -> int:
-    """Alignment of a row of a contiguous float32 workspace, as far as the kernel uses it."""
-    return 8 if head_dim_v % 2 == 0 else 4
+@cache
+def max_head_dim(dtype: str, arch: Arch) -> int:
+    """The largest head dimension, in steps of 16, of which tiles fit into shared memory."""
+
+    def smallest(head_dim: int) -> ForwardConfig:
+        size = ELEMENT_BYTES[dtype]
+        return ForwardConfig(
+            dtype=dtype, bias_dtype="none", head_dim=head_dim, head_dim_v=MAX_HEAD_DIM, block_m=16, block_n=16,
+            block_dv=MAX_BLOCK_DV.get(dtype, 256), num_warps=1, num_stages=1, q_in_registers=False, load_bytes=size,
+            store_bytes=size, windowed=False, softcapped=False, varlen=False, split=False,
+        )  # fmt: skip
+
+    return max(dim for dim in range(16, MAX_HEAD_DIM + 1, 16) if shared_bytes(smallest(dim)) <= arch.shared_per_block)
+
+
+def partial_store_bytes(dtype: str, head_dim_v: int) -> int:
+    """Alignment of a row of a contiguous workspace of partial states, as far as the kernel uses it."""
+    return ELEMENT_BYTES[state_dtype(dtype)] * (2 if head_dim_v % 2 == 0 else 1)
 
 
 def _fits(config: ForwardConfig, arch: Arch) -> bool:
-    wanted = registers(config) + COMPILER_REGISTERS.get(arch.name, 0)
-    admitted = ADMITTED_ESTIMATES.get(arch.name, MAX_REGISTERS)
-    return shared_bytes(config) <= arch.shared_per_block and wanted <= admitted
+    return shared_bytes(config) <= arch.shared_per_block and fits_registers(config, arch)
 
 
 def _validate(config: ForwardConfig, required: dict[str, object], num_splits: int | None, arch: Arch) -> None:
@@ -233,7 +254,7 @@ def _validate(config: ForwardConfig, required: dict[str, object], num_splits: in
     for field, value in required.items():
         given = getattr(config, field)
         if field == "store_bytes" and config.split:
-            value = partial_store_bytes(config.head_dim_v)
+            value = partial_store_bytes(config.dtype, config.head_dim_v)
         if field in ("load_bytes", "store_bytes"):
             if given > value:
                 raise ConfigError(f"options.config.{field} = {given}: must be at most {value}, the rows' alignment")

@@ -131,13 +131,20 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
     // S = Q K(j)^T
     const auto multiply_qk = [&](T(&S)[kM][2 * kN][4], int position) {
         const Place<kM> here;
-        const u32 q = q_address(here);
-        const u32 k = ptx::shared_address(shared.k[position % kStages]) + KTile::lane_by_rows(here.lane);
+        u32 q = q_address(here);
+        u32 k = ptx::shared_address(shared.k[position % kStages]) + KTile::lane_by_rows(here.lane);
         clear(S);
-#pragma unroll
-        for (int d = 0; d < kD; ++d) {  // S += Q[:, d] K(j)[:, d]^T
+        const auto step = [&](int d) {  // S += Q[:, d] K(j)[:, d]^T
             if constexpr (!C.q_in_registers) q_fragments.template load_column<QTile>(q, d, 0);
             multiply_transposed<C.dtype, KTile>(S, q_fragments.value[C.q_in_registers ? d : 0], k, d);
+        };
+        if constexpr (is_split(C.dtype) && kM == 1) {
+#pragma unroll 1
+            for (int d = 0; d < kD / 2; ++d, q += 128, k += 128) step(0), step(1);
+            if constexpr (kD % 2 == 1) step(0);
+        } else {
+#pragma unroll
+            for (int d = 0; d < kD; ++d) step(d);
         }
     };
     // O += P V(j)

@@ -126,10 +126,9 @@ __device__ __forceinline__ void multiply_transposed(Sum<E> (&sums)[kM][kN][4], c
         Word<E> right[2][kWords / 2];
         load_right_rows<E, TileB>(right, TileB::block(b, n, k));
 #pragma unroll
-        for (int m = 0; m < kM; ++m) {
-            mma<E>(sums[m][2 * n], a[m], right[0]);
-            mma<E>(sums[m][2 * n + 1], a[m], right[1]);
-        }
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+            for (int m = 0; m < kM; ++m) mma<E>(sums[m][2 * n + h], a[m], right[h]);
     }
 }
 
@@ -144,10 +143,9 @@ __device__ __forceinline__ void multiply_blocks(Sum<E> (&sums)[kM][kN][4], const
         Word<E> right[2][kWords / 2];
         load_right_columns<E, TileB>(right, blocks[n] + row_offset);
 #pragma unroll
-        for (int m = 0; m < kM; ++m) {
-            mma<E>(sums[m][2 * n], a[m], right[0]);
-            mma<E>(sums[m][2 * n + 1], a[m], right[1]);
-        }
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+            for (int m = 0; m < kM; ++m) mma<E>(sums[m][2 * n + h], a[m], right[h]);
     }
 }
 
@@ -162,10 +160,9 @@ __device__ __forceinline__ void multiply(Sum<E> (&sums)[kM][kN][4], const Word<E
         Word<E> right[2][kWords / 2];
         load_right_columns<E, TileB>(right, TileB::step(b, kDepth * k, 16 / TileB::kPerChunk * n));
 #pragma unroll
-        for (int m = 0; m < kM; ++m) {
-            mma<E>(sums[m][2 * n], a[m], right[0]);
-            mma<E>(sums[m][2 * n + 1], a[m], right[1]);
-        }
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+            for (int m = 0; m < kM; ++m) mma<E>(sums[m][2 * n + h], a[m], right[h]);
     }
 }
 
