@@ -90,7 +90,6 @@ def test_every_kind_of_problem_is_explained(explain, arguments):
         (["--shape", "1,8,4,600"], "q.shape[-1] = 600: must be 1 to 512"),
         (["--shape", "1,-8,4,64"], "q_shape[1] = -8: must be >= 0"),
         (["--shape", "1,0,4,64"], "batch, seqlen_q, num_heads = (1, 0, 4): must be >= 1 each"),
-        (["--shape", "8,64", "--dtype", "float32"], "q.dtype = float32: must be float16 or bfloat16"),
         (["--shape", "8,64", "--dtype", "int8"], "dtype = 'int8': must be one of float16, bfloat16"),
         (["--shape", "8,64", "--window", "3"], "window = (3,): must be None or a pair (left, right)"),
         (["--shape", "8,64", "--window=-3,0"], "window[0] = -3: must be >= 0 or None"),

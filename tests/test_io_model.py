@@ -18,6 +18,7 @@ ENDS = {"cu_seqlens_q": [0, 60, 60, 160], "cu_seqlens_k": [0, 30, 100, 130]}
 
 # Operations per clock and multiprocessor of dense 16-bit matrix products summed in float32.
 MATMUL_PER_CLOCK = {"sm_80": 2048, "sm_86": 512, "sm_89": 512, "sm_90": 4096, "sm_100": 8192, "sm_120": 512}
+DOUBLE_PER_CLOCK = {"sm_80": 128, "sm_86": 4, "sm_89": 4, "sm_90": 256, "sm_100": 128, "sm_120": 4}  # of float64
 
 
 def sequences(problem):
@@ -115,6 +116,10 @@ def test_roofline_names_the_slowest_part():
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=list(GPUS))
 def test_rates_follow_from_multiprocessors_and_clock(gpu):
     assert gpu.matmul_rate == pytest.approx(gpu.sm_count * gpu.clock * MATMUL_PER_CLOCK[gpu.arch_name], rel=0.01)
+    # The vendor states the rate of float64 at a higher clock than that of the others.
+    clocks = gpu.sm_count * gpu.clock
+    assert gpu.product_rate("float64") == pytest.approx(clocks * DOUBLE_PER_CLOCK[gpu.arch_name], rel=0.1)
+    assert gpu.product_rate("float32") == gpu.product_rate("tf32") == gpu.product_rate("float16") / 2
     assert gpu.arch is ARCHS[gpu.arch_name]
     assert gpu_named(f" {gpu.name[:3]} - {gpu.name[3:]}".lower()) is gpu
 
