@@ -117,6 +117,8 @@ def registers(config: BackwardConfig, arch: Arch) -> int:
     words = sum_bytes(config) // 4
     split = SPLIT_REGISTERS * own.keys * own.queries**2 if config.dtype == "float32" else 0
     rest = REST_REGISTERS + split + COMPILER_REGISTERS.get(arch.name, 0) + max(0, own.queries - 4) + 2 * config.varlen
+    if config.num_stages == 1 and config.windowed:
+        rest += 2
     return words * (sums + max(scores, dq)) + rest
 
 
