@@ -17,7 +17,7 @@ from cuflash.device import Call, Device, Kernel
 from cuflash.forward import MAX_PREPARED, Operands, full_bias, normal
 from cuflash.layout import NativeArray, layout
 from cuflash.options import Options
-from cuflash.plan.backward import plan_backward
+from cuflash.plan.backward import check_gradient_shape, plan_backward
 from cuflash.plan.params import BACKWARD_PARAMS
 
 Pullback = Callable[[NativeArray, NativeArray | None], tuple[NativeArray, ...]]
@@ -60,8 +60,10 @@ def run(
     device: Device | None, operands: Operands, asked: Scores, packing: Packing | None, options: Options | None
 ) -> tuple[NativeArray, NativeArray, Pullback]:
     """out, lse, and what turns their cotangents (dlse: or None) into the gradients of q, k, v and, if given, bias."""
-    if device is not None:
-        check.check_gradient_limits(operands.q.dtype, device.arch)
+    if device is not None and operands.q.dtype in check.DTYPE_NAMES:  # others and shapes the forward pass refuses
+        head_dims = operands.q.shape[-1], operands.v.shape[-1]
+        if 0 < min(head_dims) and max(head_dims) <= check.MAX_HEAD_DIM:
+            check_gradient_shape(check.DTYPE_NAMES[operands.q.dtype], *head_dims, device.arch)
     out, lse = forward.run(device, operands, asked, packing, True, options)
     q, k, v, bias, *_ = operands
 

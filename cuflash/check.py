@@ -25,7 +25,6 @@ DTYPE_NAMES: dict[np.dtype, str] = {
     np.dtype(np.float64): "float64",
 }
 _DTYPES = ", ".join(DTYPE_NAMES.values())
-KERNEL_GRADIENT_DTYPES = ("float16", "bfloat16")
 MAX_LENGTH = 2**31 - 1  # kernels count tokens in int32
 
 
@@ -223,16 +222,6 @@ def check_kernel_limits(asked: Problem, arch: Arch) -> None:
     ):
         if length > MAX_LENGTH:
             raise InvalidShapeError(f"{name} = {length}: must be at most {MAX_LENGTH} on {arch.name}")
-
-
-def check_gradient_limits(dtype: np.dtype, arch: Arch) -> None:
-    """What the kernels of the backward pass cannot take but those of the forward pass can."""
-    name = DTYPE_NAMES.get(dtype)
-    if name is not None and name not in KERNEL_GRADIENT_DTYPES:
-        raise InvalidDtypeError(
-            f"q.dtype = {dtype}: must be {' or '.join(KERNEL_GRADIENT_DTYPES)} for gradients on {arch.name}; "
-            "cast q, k and v to one"
-        )
 
 
 def check_out(out: Layout, shape: tuple[int, ...], dtype: np.dtype) -> None:

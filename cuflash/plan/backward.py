@@ -7,15 +7,22 @@ from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
 
-from cuflash.errors import ConfigError, InvalidValueError
+from cuflash.errors import ConfigError, InvalidShapeError, InvalidValueError
 from cuflash.options import Options
 from cuflash.plan.arch import Arch
-from cuflash.plan.backward_cost import clocks_per_pair, column_chunks, dq_tile_sums, fits, shared_bytes
+from cuflash.plan.backward_cost import (
+    clocks_per_pair,
+    column_chunks,
+    dq_tile_sums,
+    fits,
+    registers,
+    shared_bytes,
+)
 from cuflash.plan.config import ELEMENT_BYTES, BackwardConfig, BiasGradientConfig, FinishConfig, PrepareConfig, round_up
 from cuflash.plan.forward import FEW_ROWS, MAX_BLOCKS, Launch, required_fields
 from cuflash.problem import Problem
 
-BIAS_TILES = ((64, 64, 4), (32, 64, 4), (16, 64, 4), (16, 32, 2))  # block_m, block_n, warps: the first that fits
+BIAS_TILES = ((64, 64, 4), (32, 64, 4), (16, 64, 4), (16, 32, 2), (16, 16, 1))  # block_m, block_n, warps: the first that fits
 # warps, key warps, block_n
 WARPS_AND_KEYS = (
     (8, 8, 128), (8, 4, 128), (4, 4, 128), (8, 4, 64), (8, 2, 64), (4, 4, 64), (4, 2, 64), (2, 2, 32), (1, 1, 16)
@@ -62,7 +69,7 @@ def plan_backward(
     bias_shape : tuple, optional
         Of the bias in the array's own lengths, (batch, num_heads, seqlen_q, seqlen_k) or 1 where it is broadcast.
     options : Options, optional
-        An explicit configuration; whether the order of additions to dq is fixed.
+        A precision, an explicit configuration, whether the order of additions to dq is fixed.
 
     Raises
     ------
@@ -72,7 +79,7 @@ def plan_backward(
         If a grid would exceed 2**31 - 1 blocks.
     """
     options = options or Options()
-    required = required_fields(problem, load_bytes, store_bytes) | {"deterministic": options.deterministic}
+    required = required_fields(problem, load_bytes, store_bytes, options) | {"deterministic": options.deterministic}
     config = options.backward_config
     if config is None:
         config = _best_config(tuple(required.items()), arch, problem.seqlen_q <= FEW_ROWS)
@@ -83,8 +90,32 @@ def plan_backward(
 
 @cache
 def _best_config(required: tuple[tuple[str, Any], ...], arch: Arch, few_rows: bool) -> BackwardConfig:
-    configs = [config for config in _candidates(dict(required), few_rows) if fits(config, arch)]
-    return min(configs, key=lambda config: _rank(config, arch, few_rows))
+    configs = list(_candidates(dict(required), few_rows))
+    fitting = [config for config in configs if fits(config, arch)]
+    if fitting:
+        return min(fitting, key=lambda config: _rank(config, arch, few_rows))
+    # The widest heads: whatever has the shared memory, and spills least.
+    return min(
+        (config for config in configs if shared_bytes(config) <= arch.shared_per_block),
+        key=lambda config: registers(config, arch),
+    )
+
+
+@cache
+def check_gradient_shape(dtype: str, head_dim: int, head_dim_v: int, arch: Arch) -> None:
+    """Raises InvalidShapeError where not even the smallest tiles of the backward kernel fit the shared memory."""
+    size = ELEMENT_BYTES[dtype]
+    smallest = BackwardConfig(
+        dtype=dtype, bias_dtype="none", head_dim=head_dim, head_dim_v=head_dim_v, block_m=16, block_n=16,
+        block_d=round_up(head_dim, 16), block_dv=round_up(head_dim_v, 16), num_warps=1, key_warps=1, num_stages=1,
+        load_bytes=size, store_bytes=size, windowed=False, softcapped=False, varlen=False, deterministic=True,
+    )  # fmt: skip
+    needed, most = shared_bytes(smallest), arch.shared_per_block
+    if needed > most:
+        raise InvalidShapeError(
+            f"q.shape[-1] = {head_dim}, v.shape[-1] = {head_dim_v}: gradients of {dtype} take {needed} bytes of shared "
+            f"memory, must be at most {most} on {arch.name}; cast to a narrower dtype, or differentiate on the CPU"
+        )
 
 
 def _rank(config: BackwardConfig, arch: Arch, few_rows: bool) -> float:
@@ -110,8 +141,6 @@ def _candidates(required: dict[str, Any], few_rows: bool) -> Iterator[BackwardCo
         for num_warps, key_warps, block_n in WARPS_AND_KEYS:
             shares = num_warps // key_warps
             if block_m < 16 * shares or (shares > 1 and size > 2):
-                continue
-            if size == 4 and block_m < 32 and not few_rows:  # dS has rows of 16 words: lanes that read it meet in banks
                 continue
             for most in columns:
                 for num_stages in (1, 2):

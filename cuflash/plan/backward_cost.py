@@ -150,6 +150,8 @@ def clocks_per_pair(config: BackwardConfig, arch: Arch, rows: int) -> float:
     resident = max(1, blocks_per_sm(config, arch))
     warps = resident * config.num_warps
     tile = max(_tile_clocks(config, resident) * (1 + 2 / warps), TILE_LATENCY / resident)
+    if ELEMENT_BYTES[config.dtype] == 4 and config.block_m < 32:
+        tile *= 1.2  # rows of dS of 16 words: lanes that read them meet in banks
     return column_chunks(config) * tile / (rows * config.block_n)
 
 

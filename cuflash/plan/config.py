@@ -191,7 +191,7 @@ class BiasGradientConfig:
     of scores that they are added to.
     """
 
-    dtype: str  # q, k, v and the cotangent of out: float16 or bfloat16
+    dtype: str  # q, k, v and the cotangent of out: as in ForwardConfig
     bias_dtype: str
     head_dim: int
     head_dim_v: int
@@ -211,7 +211,7 @@ class BiasGradientConfig:
             if not condition:
                 raise ConfigError(f"BiasGradientConfig.{field} = {getattr(self, field)!r}: must be {must}")
 
-        require(self.dtype in ELEMENT_NAMES[1:3], "dtype", "float16 or bfloat16")
+        require(self.dtype in ELEMENT_NAMES[1:], "dtype", f"one of {ELEMENT_NAMES[1:]}")
         require(self.bias_dtype in ARRAY_DTYPES, "bias_dtype", f"one of {ARRAY_DTYPES}")
         require(1 <= self.head_dim <= 512, "head_dim", "1 to 512")
         require(1 <= self.head_dim_v <= 512, "head_dim_v", "1 to 512")
