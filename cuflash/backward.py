@@ -60,10 +60,8 @@ def run(
     device: Device | None, operands: Operands, asked: Scores, packing: Packing | None, options: Options | None
 ) -> tuple[NativeArray, NativeArray, Pullback]:
     """out, lse, and what turns their cotangents (dlse: or None) into the gradients of q, k, v and, if given, bias."""
-    if device is not None and operands.q.dtype in check.DTYPE_NAMES:  # others and shapes the forward pass refuses
-        head_dims = operands.q.shape[-1], operands.v.shape[-1]
-        if 0 < min(head_dims) and max(head_dims) <= check.MAX_HEAD_DIM:
-            check_gradient_shape(check.DTYPE_NAMES[operands.q.dtype], *head_dims, device.arch)
+    if device is not None:
+        _check_shape(operands, device)
     out, lse = forward.run(device, operands, asked, packing, True, options)
     q, k, v, bias, *_ = operands
 
@@ -82,6 +80,15 @@ def run(
         return _run_on_device(device, prepared, kept, operands)
 
     return out, lse, pullback
+
+
+def _check_shape(operands: Operands, device: Device) -> None:
+    """Before anything is computed: whether the heads fit; what the forward pass refuses is left to it."""
+    q, v = operands.q, operands.v
+    if q.dtype in check.DTYPE_NAMES and min(q.ndim, v.ndim) > 0:
+        head_dims = q.shape[-1], v.shape[-1]
+        if min(head_dims) > 0 and max(head_dims) <= check.MAX_HEAD_DIM:
+            check_gradient_shape(check.DTYPE_NAMES[q.dtype], *head_dims, device.arch)
 
 
 def _prepare(

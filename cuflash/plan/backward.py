@@ -22,7 +22,8 @@ from cuflash.plan.config import ELEMENT_BYTES, BackwardConfig, BiasGradientConfi
 from cuflash.plan.forward import FEW_ROWS, MAX_BLOCKS, Launch, required_fields
 from cuflash.problem import Problem
 
-BIAS_TILES = ((64, 64, 4), (32, 64, 4), (16, 64, 4), (16, 32, 2), (16, 16, 1))  # block_m, block_n, warps: the first that fits
+# block_m, block_n, warps of the gradient of a bias: the first that fits
+BIAS_TILES = ((64, 64, 4), (32, 64, 4), (16, 64, 4), (16, 32, 2), (16, 16, 1))
 # warps, key warps, block_n
 WARPS_AND_KEYS = (
     (8, 8, 128), (8, 4, 128), (4, 4, 128), (8, 4, 64), (8, 2, 64), (4, 4, 64), (4, 2, 64), (2, 2, 32), (1, 1, 16)
