@@ -18,6 +18,7 @@ from cuflash.forward import MAX_PREPARED, Operands, full_bias, normal
 from cuflash.layout import NativeArray, layout
 from cuflash.options import Options
 from cuflash.plan.backward import check_gradient_shape, plan_backward
+from cuflash.plan.forward import MAX_HEAD_DIM
 from cuflash.plan.params import BACKWARD_PARAMS
 
 Pullback = Callable[[NativeArray, NativeArray | None], tuple[NativeArray, ...]]
@@ -87,7 +88,7 @@ def _check_shape(operands: Operands, device: Device) -> None:
     q, v = operands.q, operands.v
     if q.dtype in check.DTYPE_NAMES and min(q.ndim, v.ndim) > 0:
         head_dims = q.shape[-1], v.shape[-1]
-        if min(head_dims) > 0 and max(head_dims) <= check.MAX_HEAD_DIM:
+        if min(head_dims) > 0 and max(head_dims) <= MAX_HEAD_DIM:
             check_gradient_shape(check.DTYPE_NAMES[q.dtype], *head_dims, device.arch)
 
 
