@@ -32,6 +32,7 @@ BIASED = tiled(ONE.but(batch=2, num_heads=4, num_kv_heads=2, seqlen_q=40, seqlen
 BIAS_OF_HEADS = tiled(ONE.but(batch=2, num_heads=2, seqlen_k=90, bias=".h.k"))
 BIAS_OF_ROWS = tiled(ONE.but(num_heads=2, seqlen_k=90, bias="q."))
 BIAS_OF_KEYS = tiled(ONE.but(window=(20, 9), bias="k"))
+BIASED_PACKED = tiled(ONE.but(num_heads=2, sequences=((40, 70), (17, 90)), bias="bhqk"))
 CHUNKS = tiled(ONE.but(head_dim=128, head_dim_v=160), block_d=64, block_dv=128)  # the second of dv is narrower
 CHUNKS_OF_DV = tiled(ONE.but(head_dim=64, head_dim_v=128), block_dv=64)
 
@@ -51,6 +52,7 @@ FEW = tiled(EVEN)
 FEW_SHARED = tiled(EVEN.but(seqlen_k=64), block_n=32, key_warps=2)
 FEW_GROUPED = tiled(EVEN.but(num_heads=2))
 FEW_WINDOW = tiled(EVEN.but(window=(20, 9)))
+FEW_SEEN = tiled(EVEN.but(seqlen_q=20, window=(0, 0)))  # no query sees the first tile of keys
 FEW_CHUNKS = tiled(EVEN.but(head_dim=128), block_d=64)
 
 MAIN, PREPARE, FINISH = "kernels/backward.cu", "kernels/prepare.cu", "kernels/finish.cu"
@@ -105,6 +107,8 @@ TURNS = [
              FEW_WINDOW, Deadlock),
     Mutation("turns of another chunk", MAIN, "head, slot) * Query::kChunks + work.chunk;\n    };",
              "head, slot) + work.chunk;\n    };", FEW_CHUNKS, Deadlock),
+    Mutation("turns of keys that no query sees awaited", TILES, " || tiles.queries.begin >= tiles.queries.end", "",
+             FEW_SEEN, Deadlock),
     Mutation("turns not set to zero", PREPARE, "params.turns[tile * Query::kChunks + ptx::thread_index()] = 0;", ";",
              FEW, Uninitialized),
 ]  # fmt: skip
@@ -137,6 +141,10 @@ MEMORY = [
              BIASED, OutOfBounds),
     Mutation("the last chunk reads past its tile", PRODUCTS, "Right::kCols % (8 * kColumns) != 0;", "false;", CHUNKS,
              Race),
+    Mutation("columns past the last block read", PRODUCTS, "min(first_block + n, blocks - 1)", "first_block + n",
+             CHUNKS, Race),
+    Mutation("dQ of a chunk that has none", MAIN, "if (!(Tiles::kExchange && C.deterministic) && has_dk)",
+             "if (!(Tiles::kExchange && C.deterministic))", CHUNKS_OF_DV, Uninitialized),
     Mutation("narrow rows of float32", PRODUCTS, "sizeof(T) == 4 ? 32 : 16", "16", FLOAT32_NARROW, BankConflicts),
 ]  # fmt: skip
 
@@ -166,6 +174,10 @@ MASKS = [
 ]  # fmt: skip
 
 NUMBERS = [
+    Mutation("delta of rows that see nothing", PREPARE,
+             "if (natural != -kInfinity) {\n                lse = natural * kLog2E<T>;\n                delta = sum;",
+             "delta = sum;\n            if (natural != -kInfinity) {\n                lse = natural * kLog2E<T>;",
+             LATE_START, WrongResult),
     Mutation("dk without scale", MAIN, "scale_by(dK, scale_of<T>(params));", "", PLAIN, WrongResult),
     Mutation("dq without scale", FINISH, "scale_by(dQ, scale_of<Sum<C.dtype>>(params));", "", PLAIN, WrongResult),
     Mutation("delta without dlse", PREPARE, "if (params.d_lse != nullptr) {", "if (false) {", PLAIN, WrongResult),
@@ -294,6 +306,10 @@ BIAS_GRADIENT = [
              "work.kv_head = 0", BIASED, WrongResult),
     Mutation("dbias: rows in steps of its own tiles", DBIAS, "* C.row_block + first_query", "* C.block_m + first_query",
              BIAS_LARGE_ROWS, WrongResult),
+    Mutation("dbias: sequences share a tile of queries", DBIAS, "work.q_start / C.row_block + work.sequence",
+             "work.q_start / C.row_block", BIASED_PACKED, WrongResult),
+    Mutation("dbias: packed sequences taken for dense", DBIAS, "if constexpr (C.varlen) locate_packed",
+             "if constexpr (false) locate_packed", BIASED_PACKED, OutOfBounds),
     Mutation("dbias: rows in the wrong places", DBIAS, "(query_begin + query) * params.dbias_strides[2]",
              "query * params.dbias_strides[2]", BIASED, Race),
     Mutation("dbias: sums not padded", DBIAS, "sums[C.block_n][C.block_m + 1]", "sums[C.block_n][C.block_m]", BIASED,
