@@ -20,7 +20,7 @@ from itertools import pairwise
 from typing import NamedTuple, cast
 
 from cuflash.errors import InvalidValueError
-from cuflash.plan.config import ELEMENT_BYTES, ForwardConfig
+from cuflash.plan.config import ELEMENT_BYTES, ForwardConfig, state_dtype
 from cuflash.plan.forward import ForwardPlan
 from cuflash.problem import Problem
 
@@ -103,7 +103,7 @@ def nonzero(counts: dict[str, int]) -> dict[str, int]:
 
 def sum_bytes(dtype: str) -> int:
     """Of lse, of partial states and of sums in memory."""
-    return 8 if dtype == "float64" else 4
+    return ELEMENT_BYTES[state_dtype(dtype)]
 
 
 def tokens(problem: Problem) -> tuple[int, int]:
