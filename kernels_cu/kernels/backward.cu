@@ -208,7 +208,7 @@ __device__ __forceinline__ void backward(const BackwardParams& params) {
         ptx::cp_async_wait<0>();  // this thread's share of the query tile has landed
         __syncthreads();          // everyone's has; everyone is done with the tile before and has added its dQ
         if (visit.head + visit.position > 0) pass_turn(visit.before(tiles.count));
-        u32 served = takes_turns ? ptx::load_relaxed(turns(visit)) : 0;  // on its way while the scores are computed
+        u32 served = takes_turns ? ptx::load_acquire(turns(visit)) : 0;  // under the products of the other warps
         visit_tile(visit, stage, next);
         ptx::cp_async_commit();
         if (takes_turns) {

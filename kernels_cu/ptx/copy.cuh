@@ -135,12 +135,6 @@ __device__ __forceinline__ void store_release(u32* memory, u32 value) {
     asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(memory), "r"(value) : "memory");
 }
 
-__device__ __forceinline__ u32 load_relaxed(const u32* memory) {
-    u32 value;
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(memory) : "memory");
-    return value;
-}
-
 __device__ __forceinline__ u32 load_acquire(const u32* memory) {
     u32 value;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(memory) : "memory");
