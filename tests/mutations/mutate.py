@@ -135,18 +135,13 @@ def _bank_conflicts(case: Case, arch: str) -> int:
     return device.bank_conflicts
 
 
-# Additions to dq that nothing but turns orders: no atomic ones, and a turn that an early look finds is acquired too.
-ORDERED_BY_TURNS = {
-    'asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(memory), "f"(x) : "memory");': "*memory += x;",
-    '"ld.relaxed.gpu.global.u32 ': '"ld.acquire.gpu.global.u32 ',
-}
+# Additions to dq as atomic operations, and as plain ones, which nothing but turns orders.
+ATOMIC, PLAIN = 'asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(memory), "f"(x) : "memory");', "*memory += x;"
 
 
 def run_turns(case: Case, texts: dict[str, str], orders: Iterable[int | None] = (None, 0, 1)) -> None:
     """As `run_backward`, in several orders of warps, and any two additions to dq that no turn orders are a race."""
-    copy = texts["ptx/copy.cuh"]
-    for before, after in ORDERED_BY_TURNS.items():
-        copy = _replace_once(copy, before, after)
+    copy = _replace_once(texts["ptx/copy.cuh"], ATOMIC, PLAIN)
     for order in orders:
         _check_gradients(_Device("sm_80", warp_order=order), case, texts | {"ptx/copy.cuh": copy})
 
