@@ -64,6 +64,39 @@ def test_split_keys_show_both_kernels(explain):
     assert "cuflash_combine_d64" in out
 
 
+def test_the_backward_pass(explain):
+    arguments = ["--shape", "2,1024,4,64", "--bias-shape", "1024", "--gpu", "h200"]
+    status, out, err = explain(*arguments, "--backward")
+    assert (status, err) == (0, "")
+    for family in ("prepare", "backward", "finish", "bias_gradient"):
+        assert f"cuflash_{family}_d64_64" in out
+    for word in ("H200 (sm_90), backward", "stage(s) of queries", "sums of dq", "occupancy", "standard", "flash"):
+        assert word in out, word
+    assert "chunked" not in out
+    gpu = gpu_named("H200")
+    costs = io_model.compare((2, 1024, 4, 64), bias_shape=(1024,), backward=True, arch="sm_90")
+    ratio = costs["standard"].bytes / costs["flash"].bytes
+    assert f"{ratio:,.2f} times the bytes of flash" in out
+    times = [f"{cost.roofline(gpu).seconds * 1e6:,.1f}" for cost in costs.values()]
+    assert re.search(r"least time.*" + r".*".join(map(re.escape, times)), out)
+
+
+def test_every_precision(explain):
+    """The products of all algorithms are of the kind that is asked for, and of the rate that the GPU has for it."""
+    gpu = gpu_named("A100")
+    for arguments, rate in (
+        (["float32"], 156e12 / 3),
+        (["float32", "--precision", "tf32"], 156e12),
+        (["float64"], 19.5e12),
+    ):
+        for more, flops in (([], 2 * 128), (["--backward"], 2 * 256)):
+            status, out, _ = explain("--shape", "4096,64", "--gpu", "A100", "--dtype", *arguments, *more)
+            assert status == 0
+            standard = 4096**2 * flops / rate * 1e6
+            assert re.search(rf"matrix product time\D+{standard:,.1f} ", out), (arguments, standard)
+    assert gpu.matmul_rate == 2 * 156e12
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -72,6 +105,8 @@ def test_split_keys_show_both_kernels(explain):
         ["--shape", "1,100,2,64", "--window", "none,3", "--softcap", "20"],
         ["--shape", "1,100,2,64", "--window", "8,0", "--lse", "--bias-shape", "100", "--bias-dtype", "float32"],
         ["--shape", "1,1,2,512", "--kv-shape", "1,5000,1,512", "--gpu", "RTX 4090"],
+        ["--shape", "1,100,2,200", "--backward", "--causal", "--softcap", "20", "--lse", "--dtype", "float64"],
+        ["--shape", "3,2,64", "--backward"],
     ],
 )
 def test_every_kind_of_problem_is_explained(explain, arguments):
@@ -90,6 +125,9 @@ def test_every_kind_of_problem_is_explained(explain, arguments):
         (["--shape", "1,8,4,600"], "q.shape[-1] = 600: must be 1 to 512"),
         (["--shape", "1,-8,4,64"], "q_shape[1] = -8: must be >= 0"),
         (["--shape", "1,0,4,64"], "batch, seqlen_q, num_heads = (1, 0, 4): must be >= 1 each"),
+        (["--shape", "8,64", "--precision", "tf32"], "options.precision = 'tf32': must be None for bfloat16"),
+        (["--shape", "8,64", "--backward", "--num-splits", "2"], "--num-splits = 2: must be left out with --backward"),
+        (["--shape", "8,64", "--kv-shape", "0,64", "--backward"], "seqlen_k, num_heads = (1, 8, 0, 1): must be >= 1"),
         (["--shape", "8,64", "--dtype", "int8"], "dtype = 'int8': must be one of float16, bfloat16"),
         (["--shape", "8,64", "--window", "3"], "window = (3,): must be None or a pair (left, right)"),
         (["--shape", "8,64", "--window=-3,0"], "window[0] = -3: must be >= 0 or None"),

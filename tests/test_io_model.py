@@ -63,6 +63,47 @@ def chunks(length, size):
     return [min(size, length - begin) for begin in range(0, length, size)]
 
 
+@pytest.mark.parametrize("problem", [PROBLEM, PACKED], ids=["dense", "packed"])
+def test_standard_backward_moves_every_operand_of_five_operations_once(problem):
+    read, written = 0, 0
+    for n, m in sequences(problem):
+        for head in range(6):
+            kv = m if head % problem.group == 0 else 0  # the heads of a group share keys and values
+            read += 2 * (n * m + n * 24)  # dV = P^T dO
+            written += 2 * kv * 24
+            read += 2 * (n * 24 + kv * 24)  # dP = dO V^T
+            written += 2 * n * m
+            read += 2 * 2 * n * m  # dS of P and dP
+            written += 2 * n * m
+            read += 2 * (n * m + kv * 40)  # dQ = dS K
+            written += 2 * n * 40
+            read += 2 * (n * m + n * 40)  # dK = dS^T Q
+            written += 2 * kv * 40
+    cost = io_model.standard_backward(problem, **ENDS)
+    assert (cost.bytes_read, cost.bytes_written) == (read, written)
+    assert cost.matmul_flops == 6 * sum(2 * n * m * 128 for n, m in sequences(problem))
+    assert cost.useful_flops == 6 * sum(2 * n * m * (3 * 40 + 2 * 24) for n, m in sequences(problem))
+    assert cost.workspace_bytes == 3 * 2 * 6 * sum(n * m for n, m in sequences(problem))
+
+
+def test_cotangent_of_lse_softcap_and_bias_of_the_standard_backward_are_counted():
+    plain = io_model.standard_backward(PROBLEM)
+    scores = 2 * 6 * 100 * 70
+    biased = io_model.standard_backward(replace(PROBLEM, bias_dtype="float32"), bias_shape=(1, 6, 1, 70))
+    assert biased.bytes - plain.bytes == 2 * scores + 4 * 6 * 70
+    capped = io_model.standard_backward(replace(PROBLEM, softcap=3.0), lse_cotangent=True)
+    assert capped.bytes - plain.bytes == 2 * scores + 4 * 2 * 6 * 100
+    assert capped.workspace_bytes - plain.workspace_bytes == 2 * scores
+
+
+def test_wider_elements_cost_more():
+    for algorithm in (io_model.standard, io_model.chunked, io_model.standard_backward):
+        narrow, single, double = (algorithm(replace(PROBLEM, dtype=d)) for d in ("float16", "float32", "float64"))
+        assert double.bytes == 2 * single.bytes
+        assert single.matmul_flops == 3 * double.matmul_flops == 3 * narrow.matmul_flops  # of split operands
+        assert double.exponentials == 0
+
+
 def test_bias_and_lse_are_counted():
     biased = replace(PROBLEM, bias_dtype="float32")
     for algorithm in (io_model.standard, io_model.chunked):
@@ -99,6 +140,33 @@ def test_compulsory_bytes_are_inputs_and_outputs_once():
     assert windowed == 2 * 2 * (30 * 6 * 64 + 40 * 2 * 64)
     biased = replace(PROBLEM, bias_dtype="float16")
     assert io_model.compulsory_bytes(biased, bias_elements=70) == io_model.compulsory_bytes(PROBLEM) + 2 * 70
+
+
+def test_compulsory_bytes_of_a_pullback_are_inputs_cotangents_and_gradients_once():
+    rows, keys = 2 * 100 * 6 * 64 * 2, 2 * 70 * 2 * 64 * 2
+    full = io_model.compulsory_backward_bytes(PROBLEM)
+    assert full == 2 * rows + 2 * keys + 4 * 2 * 6 * 100  # q, dq, out and its cotangent; k, v, dk, dv; lse
+    assert io_model.compulsory_backward_bytes(PROBLEM, lse_cotangent=True) == full + 4 * 2 * 6 * 100
+    biased = replace(PROBLEM, bias_dtype="float16")
+    assert io_model.compulsory_backward_bytes(biased, bias_shape=(1, 1, 1, 70)) == full + 2 * 2 * 70
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_workspaces_of_a_pullback_are_linear_in_the_queries(dtype):
+    """Of each query a row of sums of dq, its lse and delta; nothing of the keys."""
+
+    def workspace(seqlen_q, seqlen_k):
+        problem = io_model.problem_of_shapes((seqlen_q, 3, 64), (seqlen_k, 3, 64), dtype=dtype)
+        return io_model.workspace_bytes(io_model.plan_backward_contiguous(problem, ARCHS["sm_90"]))
+
+    tile = workspace(128, 128)
+    assert all(workspace(128 * n, m) == n * tile for n, m in ((2, 1), (5, 100), (1024, 2**20)))
+    assert all(workspace(n, 50) <= tile for n in (1, 17, 65, 100, 127))
+    wide = 8 if dtype == "float64" else 4
+    assert 3 * 128 * (64 + 2) * wide < tile < 1.01 * 3 * 128 * (64 + 2) * wide
+    cost = io_model.compare((2**16, 3, 64), backward=True, dtype=dtype, arch="sm_90")
+    assert cost["flash"].workspace_bytes == 512 * tile
+    assert cost["standard"].workspace_bytes > 100 * cost["flash"].workspace_bytes
 
 
 def test_roofline_names_the_slowest_part():

@@ -13,10 +13,12 @@ import pytest
 import cuflash
 from cuflash import io_model
 from cuflash.emulator import LaunchReport
+from cuflash.layout import layout
 from cuflash.plan.arch import arch_named
 from cuflash.plan.backward_traffic import backward_traffic
 from cuflash.plan.traffic import LaunchTraffic
 from cuflash.problem import Problem
+from cuflash.records import bias_shape
 from tests.attention.cases import Case, make
 from tests.attention.pairwise import covering
 from tests.devices import GRADIENT_DTYPES
@@ -103,7 +105,7 @@ def hold_to_model(case: Case, arch: str = "sm_80", dlse: bool = True) -> None:
         _, pullback = vjp(case, inputs, return_lse=dlse, options=case.options)
         pullback(given if dlse else given[0])
     problem, packing = problem_of(case)
-    shape = None if inputs.bias is None else io_model.in_rank_4(inputs.bias.shape)
+    shape = None if inputs.bias is None else bias_shape(layout(inputs.bias))
     plan = io_model.plan_backward_contiguous(problem, arch_named(arch), case.options, shape)
     more = {"lse_cotangent": dlse, "bias_shape": shape, **packing}
     launches = [launch for launch in device.launches if not launch.kernel.startswith(FORWARD)]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from cuflash import check, io_model
 from cuflash.errors import DeviceError, InvalidValueError
 from cuflash.jit.compiler import EXTRAS
 from cuflash.options import Options
-from cuflash.plan.config import ForwardConfig, KernelConfig
-from cuflash.plan.cost import blocks_per_sm
+from cuflash.plan import backward_cost, cost
+from cuflash.plan.backward import BackwardPlan
+from cuflash.plan.config import BackwardConfig, BiasGradientConfig, ForwardConfig, KernelConfig
 from cuflash.plan.forward import ForwardPlan, Launch
 from cuflash.plan.gpus import GPUS, Gpu, gpu_named
 from cuflash.problem import Problem
@@ -30,14 +32,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--shape", required=True, help="of q: batch,seqlen,heads,dim, or without batch, or seqlen,dim")
     parser.add_argument("--kv-shape", help="of k, that of q by default")
     parser.add_argument("--v-shape", help="of v, that of k by default")
-    parser.add_argument("--dtype", default="bfloat16", help="float16 or bfloat16 (default)")
+    parser.add_argument("--dtype", default="bfloat16", help="float16, bfloat16 (default), float32 or float64")
+    parser.add_argument("--precision", help="tf32, of float32 alone")
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--window", help="left,right; none on a side for no bound")
     parser.add_argument("--softcap", type=float)
     parser.add_argument("--bias-shape", help="broadcasts to batch,heads,seqlen_q,seqlen_k")
     parser.add_argument("--bias-dtype", help="that of q by default")
-    parser.add_argument("--lse", action="store_true", help="return the log-sum-exp too")
+    parser.add_argument("--lse", action="store_true", help="return the log-sum-exp too; backward: it has a cotangent")
     parser.add_argument("--num-splits", type=int, help="parts that keys are split into; chosen by default")
+    parser.add_argument("--backward", action="store_true", help="the pullback of cuflash.vjp instead")
     parser.add_argument("--gpu", default="H100", help=f"{', '.join(GPUS)}; default H100")
     parser.set_defaults(run=run)
 
@@ -61,11 +65,21 @@ def run(args: argparse.Namespace) -> int:
         bias_dtype=args.bias_dtype,
     )
     check.check_kernel_limits(problem, gpu.arch)
-    plan = io_model.plan_contiguous(problem, gpu.arch, Options(num_splits=args.num_splits), gpu.sm_count)
-    costs = io_model.costs(problem, plan, return_lse=args.lse, bias_shape=bias_shape)
-    title = f"{_describe(problem)} on {gpu.name} ({gpu.arch_name})"
-    parts = [title, _kernels(plan, gpu), _costs(costs, gpu), *_conclusions(costs, gpu)]
-    Console().print(*parts, sep="\n", highlight=False)
+    options = Options(num_splits=args.num_splits, precision=args.precision)
+    check.check_precision(problem, options)
+    precision = f" as {args.precision}" if args.precision else ""
+    title = f"{_describe(problem)}{precision} on {gpu.name} ({gpu.arch_name})"
+    if args.backward:
+        if args.num_splits is not None:
+            raise InvalidValueError(f"--num-splits = {args.num_splits}: must be left out with --backward")
+        pullback = io_model.plan_backward_contiguous(problem, gpu.arch, options, bias_shape)
+        costs = io_model.backward_costs(problem, pullback, lse_cotangent=args.lse, bias_shape=bias_shape)
+        parts: list[Any] = [f"{title}, backward", _backward_kernels(pullback, gpu)]
+    else:
+        plan = io_model.plan_contiguous(problem, gpu.arch, options, gpu.sm_count)
+        costs = io_model.costs(problem, plan, return_lse=args.lse, bias_shape=bias_shape)
+        parts = [title, _forward_kernels(plan, gpu)]
+    Console().print(*parts, _costs(costs, gpu), *_conclusions(costs, gpu), sep="\n", highlight=False)
     return 0
 
 
@@ -83,16 +97,27 @@ def _window(text: str) -> tuple[int | None, ...]:
         raise InvalidValueError(f"--window = {text!r}: must be left,right, each a whole number or none") from None
 
 
-def _kernels(plan: ForwardPlan, gpu: Gpu) -> Table:
+def _forward_kernels(plan: ForwardPlan, gpu: Gpu) -> Table:
+    view = _kernels([plan.forward, *((plan.combine,) if plan.combine else ())], gpu)
+    view.add_row("splits of the keys", str(plan.num_splits))
+    return view
+
+
+def _backward_kernels(plan: BackwardPlan, gpu: Gpu) -> Table:
+    view = _kernels(plan.launches, gpu)
+    view.add_row("sums of dq", "in the order of the keys: the same bits every time")
+    return view
+
+
+def _kernels(launches: Iterable[Launch], gpu: Gpu) -> Table:
     """Configuration, resources and occupancy of every launch."""
     from rich.table import Table
 
     view = Table(show_header=False)
-    for launch in (plan.forward, *((plan.combine,) if plan.combine else ())):
+    for launch in launches:
         for name, value in _facts(launch, gpu).items():
             view.add_row(name, value)
         view.add_section()
-    view.add_row("splits of the keys", str(plan.num_splits))
     return view
 
 
@@ -110,18 +135,25 @@ def _facts(launch: Launch, gpu: Gpu) -> dict[str, str]:
     registers = _registers(config, gpu)
     blocks = launch.grid[0]
     facts = {"kernel": config.entry, "threads of a block": f"{config.threads} ({config.num_warps} warps)"}
+    resident = None
     if isinstance(config, ForwardConfig):
         place = "registers" if config.q_in_registers else "shared memory"
-        resident = blocks_per_sm(config, arch, registers)
-        warps = resident * config.num_warps
-        share = warps / arch.max_warps_per_sm
-        facts |= {
-            "tiles": f"{config.block_m} queries x {config.block_n} keys, {config.block_dv} output columns",
-            "pipeline": f"{config.num_stages} stage(s) of keys and values, queries in {place}",
-            "shared memory": f"{launch.shared_bytes:,} of {arch.shared_per_block:,} bytes",
-            "occupancy": f"{resident} blocks, {warps} of {arch.max_warps_per_sm} warps a multiprocessor ({share:.0%})",
-            "waves": f"{blocks / max(1, resident * gpu.sm_count):.2f} over {gpu.sm_count} multiprocessors",
-        }
+        facts["tiles"] = f"{config.block_m} queries x {config.block_n} keys, {config.block_dv} output columns"
+        facts["pipeline"] = f"{config.num_stages} stage(s) of keys and values, queries in {place}"
+        resident = cost.blocks_per_sm(config, arch, registers)
+    elif isinstance(config, BiasGradientConfig):
+        facts["tiles"] = f"{config.block_m} queries x {config.block_n} keys"
+    elif isinstance(config, BackwardConfig) and config.family == "backward":
+        columns = f"{config.block_d} columns of dk, {config.block_dv} of dv"
+        facts["tiles"] = f"{config.block_n} keys x {config.block_m} queries, {columns}"
+        facts["pipeline"] = f"{config.num_stages} stage(s) of queries, {config.key_warps} warps along the keys"
+        resident = backward_cost.blocks_per_sm(config, arch, registers)
+    if launch.shared_bytes:
+        facts["shared memory"] = f"{launch.shared_bytes:,} of {arch.shared_per_block:,} bytes"
+    if resident is not None:
+        warps, most = resident * config.num_warps, arch.max_warps_per_sm
+        facts["occupancy"] = f"{resident} blocks, {warps} of {most} warps a multiprocessor ({warps / most:.0%})"
+        facts["waves"] = f"{blocks / max(1, resident * gpu.sm_count):.2f} over {gpu.sm_count} multiprocessors"
     facts["registers"] = "no compiler at hand" if registers is None else f"{registers} a thread"
     facts["grid"] = f"{blocks:,} blocks"
     return facts

@@ -30,7 +30,7 @@ from cuflash.io_model.backward import (
 )
 from cuflash.io_model.cost import Cost, Roofline
 from cuflash.io_model.forward import chunked, compulsory_bytes, costs, flash_forward, standard, useful_flops
-from cuflash.io_model.shapes import in_rank_4, plan_backward_contiguous, plan_contiguous, problem_of_shapes
+from cuflash.io_model.shapes import plan_backward_contiguous, plan_contiguous, problem_of_shapes
 from cuflash.options import Options
 from cuflash.plan.arch import arch_named
 
@@ -109,8 +109,8 @@ def compare(
     )
     known = arch_named(arch)
     check.check_kernel_limits(problem, known)
+    check.check_precision(problem, options or Options())
     if not backward:
         return costs(problem, plan_contiguous(problem, known, options), return_lse=return_lse, bias_shape=bias_shape)
-    shape = None if bias_shape is None else in_rank_4(bias_shape)
-    plan = plan_backward_contiguous(problem, known, options, shape)
-    return backward_costs(problem, plan, lse_cotangent=return_lse, bias_shape=shape)
+    plan = plan_backward_contiguous(problem, known, options, bias_shape)
+    return backward_costs(problem, plan, lse_cotangent=return_lse, bias_shape=bias_shape)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 from cuflash.io_model.cost import Cost, Sizes, product_count, special_operations
+from cuflash.io_model.shapes import in_rank_4
 from cuflash.plan.backward import BackwardPlan
 from cuflash.plan.backward_cost import column_chunks, shares
 from cuflash.plan.backward_traffic import backward_traffic, sums_of_tile, visits
@@ -65,15 +67,13 @@ def flash_backward(
     lse_cotangent: bool = False,
     bias_shape: Sequence[int] | None = None,
 ) -> Cost:
-    """The launches of a plan, exactly as the kernels load, add and store, but for how often they ask for their turn.
-
-    `bias_shape` is that of rank 4 which the plan was given.
-    """
+    """The launches of a plan, exactly as the kernels load, add and store, but for how often they ask for their turn."""
     packing = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     lengths = sequence_lengths(problem, **packing)
     read: Counter[str] = Counter()
     written: Counter[str] = Counter()
-    launches = backward_traffic(problem, plan, lse_cotangent=lse_cotangent, bias_shape=bias_shape, **packing)
+    shape = None if bias_shape is None else in_rank_4(bias_shape)
+    launches = backward_traffic(problem, plan, lse_cotangent=lse_cotangent, bias_shape=shape, **packing)
     for launch in launches:
         read.update(launch.read)
         written.update(launch.written)
@@ -151,8 +151,9 @@ def compulsory_backward_bytes(
 def backward_costs(
     problem: Problem, plan: BackwardPlan, *, lse_cotangent: bool = False, bias_shape: Sequence[int] | None = None
 ) -> dict[str, Cost]:
-    """Costs of a dense problem by algorithm: "standard" and "flash", the launches of `plan`; bias_shape of rank 4."""
+    """Costs of a dense problem by algorithm: "standard" and "flash", the launches of `plan`; both of its products."""
+    same = replace(problem, dtype=_main(plan).dtype)
     return {
-        "standard": standard_backward(problem, lse_cotangent=lse_cotangent, bias_shape=bias_shape),
+        "standard": standard_backward(same, lse_cotangent=lse_cotangent, bias_shape=bias_shape),
         "flash": flash_backward(problem, plan, lse_cotangent=lse_cotangent, bias_shape=bias_shape),
     }

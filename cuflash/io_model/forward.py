@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 from cuflash.errors import InvalidValueError
@@ -173,10 +174,14 @@ def compulsory_bytes(
 def costs(
     problem: Problem, plan: ForwardPlan, *, return_lse: bool = False, bias_shape: Sequence[int] | None = None
 ) -> dict[str, Cost]:
-    """Costs of a dense problem by algorithm: "standard", "chunked" and "flash", the launches of `plan`."""
+    """Costs of a dense problem by algorithm: "standard", "chunked" and "flash", the launches of `plan`.
+
+    All have the plan's kind of products.
+    """
     elements = None if bias_shape is None else math.prod(bias_shape)
+    same = replace(problem, dtype=cast(ForwardConfig, plan.forward.config).dtype)
     return {
-        "standard": standard(problem, return_lse=return_lse),
-        "chunked": chunked(problem, return_lse=return_lse),
+        "standard": standard(same, return_lse=return_lse),
+        "chunked": chunked(same, return_lse=return_lse),
         "flash": flash_forward(problem, plan, return_lse=return_lse, bias_elements=elements),
     }

@@ -131,9 +131,9 @@ def fits(config: BackwardConfig, arch: Arch) -> bool:
     return shared_bytes(config) <= arch.shared_per_block and registers(config, arch) <= most
 
 
-def blocks_per_sm(config: BackwardConfig, arch: Arch) -> int:
-    """Blocks resident on one multiprocessor."""
-    per_thread = round_up(min(registers(config, arch), MAX_REGISTERS), 8)
+def blocks_per_sm(config: BackwardConfig, arch: Arch, register_count: int | None = None) -> int:
+    """Blocks resident on one multiprocessor; registers as compiled where known."""
+    per_thread = round_up(register_count or min(registers(config, arch), MAX_REGISTERS), 8)
     return min(
         MAX_BLOCKS_PER_SM,
         arch.max_warps_per_sm // config.num_warps,
