@@ -136,7 +136,8 @@ def _bank_conflicts(case: Case, arch: str) -> int:
 
 
 # Additions to dq as atomic operations, and as plain ones, which nothing but turns orders.
-ATOMIC, PLAIN = 'asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(memory), "f"(x) : "memory");', "*memory += x;"
+ATOMIC = 'asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(memory), "f"(x) : "memory");'
+PLAIN = "*memory += x;"
 
 
 def run_turns(case: Case, texts: dict[str, str], orders: Iterable[int | None] = (None, 0, 1)) -> None:
