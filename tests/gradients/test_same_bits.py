@@ -65,6 +65,26 @@ def test_packed_sequences_are_those_alone(device: Any, mask: dict[str, Any]) -> 
         assert not gradient[edges[-1] :].any()  # the inputs there are NaN
 
 
+@pytest.mark.parametrize("shape", [(2, 50, 80), (1, 80), (50, 1), (3, 1, 50, 77)], ids=str)
+def test_a_bias_longer_than_packed_sequences(device: Any, shape: tuple[int, ...]) -> None:
+    """What no sequence reaches has the gradient 0, the rest that of the part that is used."""
+    case = Case(sequences=((40, 70), (5, 0), (33, 17)), num_kv_heads=2)
+    inputs = make(case)
+    dout, _ = cotangent(case, inputs)
+    bias = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    used = tuple(slice(None) if n == 1 else slice(most) for n, most in zip(shape[-2:], (40, 70), strict=True))
+
+    def pull(q: Any, k: Any, v: Any, edges_q: Any, edges_k: Any, bias: Any, dout: Any) -> Any:
+        keywords = {"bias": bias, "max_seqlen_q": 40, "max_seqlen_k": 70}
+        return cuflash.vjp(cuflash.attention_varlen, q, k, v, edges_q, edges_k, **keywords)[1](dout)
+
+    *long, dbias = device.run(pull, *inputs[:3], *inputs[4:], bias, dout)
+    *short, dcut = device.run(pull, *inputs[:3], *inputs[4:], bias[..., *used], dout)
+    assert_same(long, short)
+    np.testing.assert_array_equal(dbias[..., *used], dcut)
+    assert np.count_nonzero(dbias) == np.count_nonzero(dcut) > 0
+
+
 def test_a_pullback_again_without_the_forward() -> None:
     inputs = make(CASE.but(bias="h.k", bias_dtype="float16"))
     dout, _ = cotangent(CASE, inputs)
