@@ -60,7 +60,7 @@ def vjp(function: Callable[..., Any], *arrays: Any, **keywords: Any) -> tuple[An
     InvalidTypeError
         `function` has no pullback, does not take these arguments, or a cotangent is of another kind than the result.
     InvalidShapeError, InvalidDtypeError
-        A cotangent is not like the result; or kernels are asked for a gradient in float32 or float64.
+        A cotangent is not like the result; or heads are too wide for a GPU's shared memory, as some of float64 are.
     DeviceError
         A cotangent is on another device than the result.
     CuflashError
@@ -73,10 +73,10 @@ def vjp(function: Callable[..., Any], *arrays: Any, **keywords: Any) -> tuple[An
     result may be changed before its last call. Queries that see no key have the gradient 0, and so have keys that no
     query sees, whatever they hold. Sums are in float32, in float64 for float64.
 
-    On a GPU gradients are of float16 and bfloat16. Key tiles add their parts of dq to sums in memory, four bytes an
-    element of dq, each in its turn, so that the bits are the same every time. NaN and infinities of keys and values
-    also reach other queries of a tile, as in `attention`. The gradient of a bias computes the scores once more; for a
-    bias that is broadcast along both sequences it keeps few multiprocessors busy.
+    On a GPU key tiles add their parts of dq to sums in memory, four bytes an element (of float64 eight), each in its
+    turn, so that the bits are the same every time. NaN and infinities of keys and values also reach other queries of a
+    tile, as in `attention`. The gradient of a bias computes the scores once more; for a bias that is broadcast along
+    both sequences it keeps few multiprocessors busy.
 
     Examples
     --------
