@@ -21,7 +21,6 @@ from cuflash.problem import Problem
 from cuflash.records import bias_shape
 from tests.attention.cases import Case, make
 from tests.attention.pairwise import covering
-from tests.devices import GRADIENT_DTYPES
 from tests.gradients.cases import cotangent, vjp
 from tests.gradients.test_tiles import TILES, tiled
 from tests.test_io_model_exact import nonzero
@@ -41,13 +40,13 @@ PACKED = (
 )
 FACTORS: dict[str, Any] = {
     "dims": ((33, 33), (40, 24), (64, 64), (80, 128), (130, 130), (6, 72)),
-    "dtype": GRADIENT_DTYPES,
+    "dtype": ("float16", "bfloat16", "float32", "tf32", "float64"),
     "arch": ("sm_80", "sm_90"),
     "mask": MASKS,
     "lengths": (*DENSE, *PACKED),
     "heads": ((1, 1), (2, 1), (6, 3)),
     "bias": ("", "", "k", "q.", "b.qk", "...."),
-    "bias_dtype": ("float16", "float32"),
+    "bias_dtype": ("float16", "float32", "float64"),
     "softcap": (None, None, 5.0),
     "deterministic": (True, False),
     "dlse": (True, False),
@@ -64,8 +63,11 @@ def case_of(row: dict[str, Any]) -> Case:
         head_dim_v=row["dims"][1],
         num_heads=row["heads"][0],
         num_kv_heads=row["heads"][1],
-        options=cuflash.Options(deterministic=row["deterministic"]),
-        **{name: row[name] for name in ("dtype", "bias", "bias_dtype", "softcap")},
+        dtype="float32" if row["dtype"] == "tf32" else row["dtype"],
+        options=cuflash.Options(
+            deterministic=row["deterministic"], precision="tf32" if row["dtype"] == "tf32" else None
+        ),
+        **{name: row[name] for name in ("bias", "bias_dtype", "softcap")},
         **row["mask"],
         **lengths,
     )
@@ -115,6 +117,7 @@ def hold_to_model(case: Case, arch: str = "sm_80", dlse: bool = True) -> None:
         agree(launch, model)
     cost = io_model.flash_backward(problem, plan, **more)
     assert cost.bytes == sum(sum((*model.read.values(), *model.written.values())) for model in models)
+    assert cost.dtype == plan.launches[1].config.dtype
     assert cost.matmul_flops == sum(launch.mma_flops for launch in launches)
     assert cost.exponentials <= sum(launch.instructions.get("special", 0) for launch in launches)
 
