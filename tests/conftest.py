@@ -10,7 +10,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import hypothesis
 import pytest
 
-from tests.devices import DEVICES
+from tests.devices import ALL_DTYPES, DEVICES
 
 hypothesis.settings.register_profile("cuflash", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("cuflash")
@@ -44,7 +44,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names = chosen_devices(metafunc.config)
     named = {argument for mark in metafunc.definition.iter_markers("parametrize") for argument in _arguments(mark)}
     if "dtype" in metafunc.fixturenames and "dtype" not in named:
-        pairs = [(name, dtype) for name in names for dtype in DEVICES[name].dtypes]
+        gradients = metafunc.module.__name__.startswith("tests.gradients")
+        pairs = [(n, dtype) for n in names for dtype in (DEVICES[n].gradient_dtypes if gradients else ALL_DTYPES)]
         metafunc.parametrize(("device", "dtype"), pairs, indirect=["device"])
     else:
         metafunc.parametrize("device", names, indirect=True)
@@ -52,7 +53,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest):
-    """The device under test: `.name`, `.dtypes`, `.run(function, *arrays, **keywords)`; see tests/devices.py."""
+    """One of tests/devices.py: `.name`, `.gradient_dtypes`, `.run(function, *arrays, **keywords)`."""
     return DEVICES[request.param]()
 
 

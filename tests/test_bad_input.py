@@ -248,19 +248,29 @@ CONFIG = {
     "block_dv": 64, "num_warps": 4, "num_stages": 1, "q_in_registers": True, "load_bytes": 16, "store_bytes": 16,
     "windowed": False, "softcapped": False, "varlen": False, "split": False,
 }
+FLOAT32_CONFIG = {
+    **CONFIG, "dtype": "float32", "head_dim": 8, "head_dim_v": 3, "block_dv": 16, "q_in_registers": False,
+    "load_bytes": 4, "store_bytes": 4,
+}
 MADE = {
     "num_splits is a float": (Options, {"num_splits": 2.0}, Type, "options.num_splits = 2.0: must be an int"),
     "num_splits is a bool": (Options, {"num_splits": True}, Type, "options.num_splits = True: must be an int"),
     "num_splits = 0": (Options, {"num_splits": 0}, Value, "options.num_splits = 0: must be 1 to 128"),
     "num_splits = 129": (Options, {"num_splits": 129}, Value, "options.num_splits = 129: must be 1 to 128"),
+    "precision is a bool": (Options, {"precision": True}, Type, "options.precision = True: must be a str or None"),
+    "precision unknown": (Options, {"precision": "float16"}, Value, "options.precision = 'float16': must be 'tf32' or"),
     "config is a dict": (Options, {"config": {}}, Type, "options.config = {}: must be a ForwardConfig or None"),
-    "config dtype": (ForwardConfig, {**CONFIG, "dtype": "float32"}, Value, "ForwardConfig.dtype = 'float32': must"),
+    "config dtype": (ForwardConfig, {**CONFIG, "dtype": "int8"}, Value, "ForwardConfig.dtype = 'int8': must be one"),
+    "config bias": (ForwardConfig, {**CONFIG, "bias_dtype": "tf32"}, Value, "ForwardConfig.bias_dtype = 'tf32': must"),
+    "config load_bytes": (
+        ForwardConfig, {**CONFIG, "dtype": "float64", "load_bytes": 4}, Value, r"load_bytes = 4: must be one of \(8,",
+    ),
     "config head_dim": (ForwardConfig, {**CONFIG, "head_dim": 513}, Value, "head_dim = 513: must be 1 to 512"),
     "config block_m": (ForwardConfig, {**CONFIG, "block_m": 72}, Value, "block_m = 72: must be a multiple of 16"),
     "config warps": (ForwardConfig, {**CONFIG, "num_warps": 3}, Value, "num_warps = 3: must be 1, 2, 4 or 8"),
     "config state": (
-        CombineConfig, {"state_dtype": "float64", "out_dtype": "float16", "head_dim_v": 8, "num_warps": 4},
-        Value, "CombineConfig.state_dtype = 'float64': must be one of",
+        CombineConfig, {"state_dtype": "tf32", "out_dtype": "float32", "head_dim_v": 8, "num_warps": 4},
+        Value, "CombineConfig.state_dtype = 'tf32': must be one of",
     ),
     "unknown arch": (emulate, {"arch": "sm_75"}, Value, "arch = 'sm_75': must be one of sm_80"),
     "warp_order < 0": (
@@ -325,16 +335,22 @@ def half(**changes: Any) -> dict[str, Any]:
 
 
 KERNELS = {
-    "float32": (dense(), Dtype, "q.dtype = float32: must be float16 or bfloat16 on sm_80; cast q, k and v"),
-    "float64": (
-        {name: array.astype(float) for name, array in dense().items()}, Dtype, "q.dtype = float64: must be float16 or",
+    "precision of float16": (
+        half(options=Options(precision="tf32")), Value, "options.precision = 'tf32': must be None for float16; float32",
     ),
-    "bias in float64": (half(bias=zeros(6, dtype=float)), Dtype, "bias.dtype = float64: must be float16, bfloat16, f"),
+    "precision of float64": (
+        {**{name: array.astype(float) for name, array in dense().items()}, "options": Options(precision="tf32")},
+        Value, "options.precision = 'tf32': must be None for float64; float32 alone has another",
+    ),
+    "config without its precision": (
+        dense(options=Options(config=ForwardConfig(**FLOAT32_CONFIG), precision="tf32")),
+        Value, "options.config.dtype = 'float32': must be 'tf32', as the problem has it",
+    ),
     "head_dim 0": (half(q=zeros(2, 5, 4, 0, dtype=F16), k=zeros(2, 6, 2, 0, dtype=F16)), Shape, "q.shape.-1. = 0: m"),
     "head_dim 513": (
         half(q=zeros(2, 5, 4, 513, dtype=F16), k=zeros(2, 6, 2, 513, dtype=F16)), Shape, "q.shape.-1. = 513: must be 1",
     ),
-    "head_dim_v 513": (half(v=zeros(2, 6, 2, 513, dtype=F16)), Shape, "v.shape.-1. = 513: must be 1 to 512 on sm_80"),
+    "head_dim_v 513": (half(v=zeros(2, 6, 2, 513, dtype=F16)), Shape, "v.shape.-1. = 513: must be 1 to 512 for f"),
     "config of other dims": (
         half(options=Options(config=ForwardConfig(**CONFIG))), Value, r"options\.config|ForwardConfig|config",
     ),
@@ -351,7 +367,7 @@ def test_kernels(case) -> None:
 
 
 def test_merge_states_on_kernels() -> None:
-    with cuflash.emulate("sm_80"), expect(InvalidDtypeError, r"outs\[0\].dtype = float64: must be one of .* on sm_80"):
+    with cuflash.emulate("sm_80"), expect(InvalidDtypeError, r"lses\[0\].dtype = float32: must be one of float64 on"):
         cuflash.merge_states([OUT.astype(float)], [LSE])
     with cuflash.emulate("sm_80"), expect(InvalidDtypeError, r"lses\[0\].dtype = float64: must be one of float32"):
         cuflash.merge_states([OUT], [LSE.astype(float)])

@@ -34,7 +34,8 @@ class Case:
     keywords: dict = field(default_factory=dict)
 
     def __str__(self) -> str:
-        parts = [f"q{self.q}", f"k{self.k}", f"v{self.v}", f"bias{self.bias}", f"splits {self.splits}", self.keywords]
+        parts = [self.dtype, f"q{self.q}", f"k{self.k}", f"v{self.v}", f"bias{self.bias}"]
+        parts += [f"splits {self.splits}", self.keywords]
         return " ".join(str(part) for part in parts if "None" not in str(part) and part).replace(", ", ",")
 
 
@@ -74,6 +75,18 @@ CASES = (
             (70, 20, 40, 7, {"return_lse": True}),
             (33, 90, 288, 2, {"causal": True}),
             (90, 33, 16, 3, {"causal": True}),
+        )
+    ),
+    *(
+        Case((1, n, 2, d), (1, m, 1, d), (1, m, 1, e), dtype, splits=splits, **more)
+        for dtype in ("float32", "float64")
+        for n, m, d, e, splits, more in (
+            (70, 90, 64, 64, None, {"keywords": {"return_lse": True}}),
+            (127, 129, 17, 41, None, {"keywords": {"causal": True}}),
+            (40, 300, 80, 48, 3, {"keywords": {"window": (50, 10), "return_lse": True}}),
+            (1, 500, 33, 3, 4, {}),
+            (33, 70, 128, 300, None, {"bias": (33, 70), "bias_dtype": "float64"}),
+            (300, 31, 256, 256, None, {"keywords": {"softcap": 5.0}}),
         )
     ),
     Case((70, 2, 32)),

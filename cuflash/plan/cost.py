@@ -94,7 +94,7 @@ def fits_registers(config: ForwardConfig, arch: Arch) -> bool:
     if config.dtype == "float32":
         beyond = SPLIT_COMPILER_REGISTERS.get(arch.name, 0) if config.block_m > 16 * config.num_warps else 0
         return registers(config) + beyond <= MAX_REGISTERS
-    beyond = COMPILER_REGISTERS.get(arch.name, 0)
+    beyond = COMPILER_REGISTERS.get(arch.name, 0) if config.dtype != "float64" else 0
     return registers(config) + beyond <= ADMITTED_ESTIMATES.get(arch.name, MAX_REGISTERS)
 
 
@@ -102,8 +102,10 @@ def _split_registers(config: ForwardConfig, rows: int) -> int:
     """The same of split products, but for the outputs: the assembler takes what there is, and splits well ahead."""
     rest = 3 * config.block_n + (70 if rows == 1 else 25)
     if rows > 1:
-        for asked, count in ((config.bias_dtype != "none", 40), (config.softcapped, 72), (config.split, 48)):
-            rest += count if asked else 0
+        rest += 40 if config.bias_dtype != "none" else 0
+        rest += 72 if config.softcapped else 0
+        rest += 48 if config.split else 0
+        rest += 56 if round_up(config.head_dim, 16) % 32 == 16 else 0
     return rest
 
 

@@ -209,9 +209,13 @@ def _candidates(required: dict[str, object], few_rows: bool, split: bool) -> Ite
         required["store_bytes"] = partial_store_bytes(dtype, head_dim_v)
     chunks = -(-head_dim_v // MAX_BLOCK_DV.get(dtype, 256))
     block_dv = round_up(-(-head_dim_v // chunks), 16)
-    wide = dtype in ("float32", "float64")
-    row_tiles = ((16, 1),) if few_rows else ((128, 4), (128, 8), (64, 4), (32, 2), (16, 1))[: 5 if wide else 4]
-    key_tiles = (32, 16) if wide else (128, 96, 64, 48, 32) if few_rows else (128, 96, 64, 48, 32, 16)
+    wide = ELEMENT_BYTES[dtype] > 2
+    row_tiles = [(16, 1)] if few_rows else [(128, 4), (128, 8), (64, 4), (32, 2), *[(16, 1)] * wide]
+    key_tiles = [32, 16] if dtype in ("float32", "float64") else [128, 96, 64, 48, 32, 16]
+    if dtype == "tf32":
+        key_tiles.remove(128)
+    if few_rows and not wide:
+        key_tiles.remove(16)
     for block_m, num_warps in row_tiles:
         for block_n in key_tiles:
             if dtype == "float32" and block_m > 16 * num_warps and block_n < 32:

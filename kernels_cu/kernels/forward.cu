@@ -90,6 +90,10 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
     using QTile = SharedTile<C.block_m, 16 * kD, typename Shared::T>;
     using KTile = SharedTile<C.block_n, 16 * kD, typename Shared::T>;
     using VTile = SharedTile<C.block_n, Shared::kColumnsOfV, typename Shared::T>;
+    // Where the assembler would prepare more steps of Q K^T ahead than there are registers for.
+    constexpr bool kLoopOverDepth =
+        !C.q_in_registers && (C.dtype == Element::float64 || (C.dtype == Element::float32 && kM == 1));
+    constexpr u32 kPass = 32 * sizeof(typename Shared::T);
     using QLoader = TileLoader<QTile, kThreads, C.load_bytes, C.head_dim % 16 != 0>;
     using KLoader = TileLoader<KTile, kThreads, C.load_bytes, C.head_dim % 16 != 0>;
     using VLoader = TileLoader<VTile, kThreads, C.load_bytes, C.head_dim_v % VTile::kCols != 0>;
@@ -138,9 +142,9 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
             if constexpr (!C.q_in_registers) q_fragments.template load_column<QTile>(q, d, 0);
             multiply_transposed<C.dtype, KTile>(S, q_fragments.value[C.q_in_registers ? d : 0], k, d);
         };
-        if constexpr (is_split(C.dtype) && kM == 1) {
+        if constexpr (kLoopOverDepth) {  // two steps a pass: a multiple of the tiles' swizzle further
 #pragma unroll 1
-            for (int d = 0; d < kD / 2; ++d, q += 128, k += 128) step(0), step(1);
+            for (int d = 0; d < kD / 2; ++d, q += kPass, k += kPass) step(0), step(1);
             if constexpr (kD % 2 == 1) step(0);
         } else {
 #pragma unroll

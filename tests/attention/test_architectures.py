@@ -12,6 +12,8 @@ from tests.devices import EmulatedDevice
 CASES = {
     "causal": Case(causal=True),
     "wide_head": Case(batch=1, head_dim=256, head_dim_v=256, seqlen_q=70),
+    "float32": Case(dtype="float32", head_dim=128, head_dim_v=96, window=(40, 3)),
+    "float64": Case(dtype="float64", head_dim=80, head_dim_v=130, causal=True),
     "packed_split": Case(
         dtype="bfloat16", sequences=((40, 70), (3, 5)), bias="bhqk", softcap=2.0, options=cuflash.Options(num_splits=3)
     ),

@@ -1,15 +1,16 @@
-"""Dtypes: each one where it is computed, refused by name where it is not."""
+"""Dtypes: each one on every device, others refused by name."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 
 import cuflash
-from tests.attention.cases import KERNEL_DTYPES, WIDE_DTYPES, Case, check, make
-from tests.devices import CpuDevice
+from cuflash.plan.arch import arch_named
+from cuflash.plan.forward import max_head_dim
+from tests.attention.cases import Case, check, make
+from tests.devices import EmulatedDevice
 
 CASE = Case(num_heads=4, num_kv_heads=2, seqlen_q=33, seqlen_k=65)
 
@@ -20,34 +21,8 @@ def test_dtype(device: Any, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["interleaved", "offset_1", "reversed_tokens"])
-@pytest.mark.parametrize("dtype", WIDE_DTYPES)
-def test_layout_of_wide_dtypes(dtype: str, layout: str) -> None:
-    check(CpuDevice(), CASE.but(dtype=dtype, layout=layout))
-
-
-@pytest.mark.parametrize("bias_dtype", [*KERNEL_DTYPES, *WIDE_DTYPES])
-def test_bias_dtype(dtype: str, device: Any, bias_dtype: str) -> None:
-    """A bias need not have the dtype of q; float64 is not read by kernels."""
-    case = CASE.but(dtype=dtype, bias="..qk", bias_dtype=bias_dtype)
-    if bias_dtype in ("float64",) and device.name != "cpu":
-        with pytest.raises(
-            cuflash.InvalidDtypeError, match=r"bias\.dtype = float64: must be float16, bfloat16, float32"
-        ):
-            check(device, case)
-    else:
-        check(device, case)
-
-
-@pytest.mark.parametrize("wide", WIDE_DTYPES)
-def test_kernels_name_the_dtypes_to_cast_to(device: Any, wide: str) -> None:
-    inputs = make(CASE.but(dtype=wide))
-    if device.name == "cpu":
-        assert device.run(cuflash.attention, *inputs[:3]).dtype == wide
-        return
-    out = np.full(inputs.q.shape, 7, wide)
-    with pytest.raises(cuflash.InvalidDtypeError, match=f"q.dtype = {wide}: must be float16 or bfloat16 .*cast"):
-        device.run(cuflash.attention, *inputs[:3], out=out)
-    assert (out == 7).all()
+def test_layout(device: Any, dtype: str, layout: str) -> None:
+    check(device, CASE.but(dtype=dtype, layout=layout))
 
 
 @pytest.mark.parametrize("array", ["q", "k", "v"])
@@ -73,3 +48,13 @@ def test_kernels_name_the_head_dims_they_take(device: Any, head_dim: int) -> Non
         return
     with pytest.raises(cuflash.InvalidShapeError, match=rf"q\.shape\[-1\] = {head_dim}: must be 1 to 512"):
         device.run(cuflash.attention, *inputs[:3])
+
+
+def test_the_largest_head_dim_of_float64_is_that_of_shared_memory() -> None:
+    most = max_head_dim("float64", arch_named("sm_86"))
+    assert 256 < most < 512
+    case = Case(dtype="float64", batch=1, num_heads=1, seqlen_q=5, seqlen_k=40, head_dim=most, head_dim_v=512)
+    check(EmulatedDevice("sm_86"), case)
+    inputs = make(case.but(head_dim=most + 1))
+    with pytest.raises(cuflash.InvalidShapeError, match=rf"must be 1 to {most} for float64 on sm_86"):
+        EmulatedDevice("sm_86").run(cuflash.attention, *inputs[:3])

@@ -25,6 +25,12 @@ def test_large_head_dim(device: Any, head_dim: int) -> None:
     check(device, Case(dtype="bfloat16", head_dim=head_dim, head_dim_v=head_dim, batch=1, seqlen_q=20, seqlen_k=70))
 
 
+@pytest.mark.parametrize("head_dim", [1, 17, 48, 72, 127, 144, 256, 300, 512])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_head_dim_of_wide_dtypes(device: Any, dtype: str, head_dim: int) -> None:
+    check(device, Case(dtype=dtype, head_dim=head_dim, head_dim_v=head_dim, batch=1, seqlen_q=20, seqlen_k=70))
+
+
 @pytest.mark.parametrize(("head_dim", "head_dim_v"), UNEQUAL)
 def test_unequal_head_dims(device: Any, head_dim: int, head_dim_v: int) -> None:
     check(device, Case(head_dim=head_dim, head_dim_v=head_dim_v, batch=1, seqlen_q=20, seqlen_k=70))

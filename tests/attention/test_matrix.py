@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from cuflash import Options
-from tests.attention.cases import KERNEL_DTYPES, WIDE_DTYPES, Case, check
+from tests.attention.cases import Case, check
 from tests.attention.pairwise import Row, covering, spread
-from tests.devices import CpuDevice
+from tests.devices import ALL_DTYPES
 
 HEAD_DIMS = (
     (1, 1), (7, 7), (33, 33), (40, 40), (64, 64), (65, 65), (100, 100), (128, 128), (200, 200), (256, 256), (320, 320),
@@ -20,8 +20,8 @@ HEAD_DIMS = (
 )  # fmt: skip
 COMPILED: dict[str, Any] = {
     "dims": HEAD_DIMS,
-    "bias_dtype": (None, None, "float16", "bfloat16", "float32"),
-    "dtype": KERNEL_DTYPES,
+    "bias_dtype": (None, None, *ALL_DTYPES),
+    "dtype": ALL_DTYPES,
     "windowed": (False, True),
     "softcap": (None, 1.5),
     "packed": (False, True),
@@ -69,16 +69,9 @@ def case_of(row: Row) -> Case:
     )  # fmt: skip
 
 
-KERNEL_CASES = [case_of(row) for row in spread(covering(COMPILED), RUN_TIME, times=6)]
-WIDE = {**COMPILED, "dtype": WIDE_DTYPES, "bias_dtype": (None, *WIDE_DTYPES)}
-WIDE_CASES = [case_of(row) for row in spread(covering(WIDE), RUN_TIME, times=4)]
+CASES = [case_of(row) for row in spread(covering(COMPILED), RUN_TIME, times=6)]
 
 
-@pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_matrix(device: Any, case: Case) -> None:
     check(device, case)
-
-
-@pytest.mark.parametrize("case", WIDE_CASES, ids=str)
-def test_matrix_of_wide_dtypes(case: Case) -> None:
-    check(CpuDevice(), case)

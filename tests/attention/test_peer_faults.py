@@ -13,7 +13,6 @@ from cuflash.plan.forward import plan_forward
 from tests import oracle, tolerances
 from tests.attention.cases import Case, call, check, make
 from tests.attention.far import check_far
-from tests.devices import CpuDevice
 
 
 @pytest.mark.parametrize("seqlen", [64, 192, 320])
@@ -127,11 +126,11 @@ def test_nothing_compiles_because_a_length_batch_or_stride_changed(device: Any, 
     assert len(set(configs)) <= 1
 
 
-def test_float32_scores_keep_float32_accuracy() -> None:
+def test_float32_scores_keep_float32_accuracy(device: Any) -> None:
     """Products are not rounded to TF32 or float16 on the way: error near 1e-6, not 1e-3."""
     case = Case(dtype="float32", seqlen_q=50, seqlen_k=300, head_dim=128, head_dim_v=128)
     inputs = make(case)
-    out, lse = call(CpuDevice(), case, inputs)
+    out, lse = call(device, case, inputs)
     want = oracle.attention(*inputs[:3])
     np.testing.assert_allclose(out, want.out, atol=2e-6)
     np.testing.assert_allclose(lse, want.lse, atol=5e-6)

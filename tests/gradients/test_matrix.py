@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.attention.cases import KERNEL_DTYPES, Case
+from tests.attention.cases import NARROW_DTYPES, Case
 from tests.attention.pairwise import covering, spread
 from tests.attention.test_matrix import RUN_TIME, case_of
 from tests.devices import EmulatedDevice
@@ -16,7 +16,7 @@ HEAD_DIMS = ((33, 33), (40, 40), (64, 64), (80, 80), (128, 128), (256, 256), (1,
 COMPILED: dict[str, Any] = {
     "dims": HEAD_DIMS,
     "bias_dtype": (None, None, "float16", "float32"),
-    "dtype": KERNEL_DTYPES,
+    "dtype": NARROW_DTYPES,
     "windowed": (False, True),
     "softcap": (None, 1.5),
     "packed": (False, True),

@@ -108,8 +108,9 @@ def run_forward(
         record["o_split_stride"], record["lse_split_stride"] = out.size, int(np.prod(lse_shape))
         reports.append(launch(device, plan.forward, record))
         combine = np.zeros((), COMBINE_PARAMS)
-        combine["states"] = o_partial.pointer + sums.itemsize * out.size * np.arange(128, dtype=np.uint64)
-        combine["lses"] = lse_partial.pointer + sums.itemsize * int(np.prod(lse_shape)) * np.arange(128, dtype=np.uint64)
+        split = sums.itemsize * np.arange(128, dtype=np.uint64)
+        combine["states"] = o_partial.pointer + out.size * split
+        combine["lses"] = lse_partial.pointer + int(np.prod(lse_shape)) * split
         combine["o"], combine["lse"] = o.pointer, lse.pointer
         combine["state_strides"] = combine["o_strides"] = o_strides
         combine["state_lse_strides"] = combine["lse_strides"] = lse_strides

@@ -1,16 +1,16 @@
 """The choice of configurations and splits: pure, bounded by the architecture, independent of lengths."""
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 
 from cuflash.errors import ConfigError, InvalidValueError
 from cuflash.options import Options
 from cuflash.plan.arch import ARCHS, Arch, arch_named
-from cuflash.plan.config import MAX_SPLITS, ForwardConfig
+from cuflash.plan.config import ELEMENT_BYTES, MAX_SPLITS, ForwardConfig
 from cuflash.plan.cost import ADMITTED_ESTIMATES, MAX_REGISTERS, blocks_per_sm, registers, shared_bytes
-from cuflash.plan.forward import FEW_ROWS, plan_combine, plan_forward, q_tiles
+from cuflash.plan.forward import FEW_ROWS, max_head_dim, plan_combine, plan_forward, q_tiles
 from cuflash.plan.shipped import shipped_configs
 from cuflash.problem import Problem
 
@@ -32,8 +32,14 @@ def test_every_head_dim_fits_every_architecture(arch, head_dim, head_dim_v, seql
     problem = replace(
         LONG, head_dim=head_dim, head_dim_v=head_dim_v, seqlen_q=seqlen_q, right=0, softcap=1.0, bias_dtype="float32"
     )
-    for num_splits in (1, 5):
-        launch = plan(problem, ARCHS[arch], Options(num_splits=num_splits), load_bytes=2, store_bytes=2).forward
+    for dtype, num_splits in product(("bfloat16", "float32", "tf32", "float64"), (1, 5)):
+        if head_dim > max_head_dim(dtype, ARCHS[arch]):
+            continue
+        asked = Options(num_splits=num_splits, precision="tf32" if dtype == "tf32" else None)
+        wide = replace(problem, dtype="float32" if dtype == "tf32" else dtype)
+        access = ELEMENT_BYTES[dtype]
+        launch = plan(wide, ARCHS[arch], asked, load_bytes=access, store_bytes=access).forward
+        assert launch.config.dtype == dtype
         assert launch.shared_bytes == shared_bytes(launch.config) <= ARCHS[arch].shared_per_block
         assert registers(launch.config) <= ADMITTED_ESTIMATES.get(arch, MAX_REGISTERS)
         assert blocks_per_sm(launch.config, ARCHS[arch]) >= 1
