@@ -84,7 +84,7 @@ def forward_traffic(
         blocks = plan.num_splits * chunks * problem.num_heads  # that share a slot
         slots = slot_owners(cu_seqlens_q, config.block_m, plan.q_tiles)
         read["cu_seqlens_q"] = INDEX * blocks * (slots.steps + 2 * slots.owned + slots.spare)
-        read["cu_seqlens_k"] = INDEX * blocks * 2 * slots.owned
+        read["cu_seqlens_k"] = INDEX * blocks * (2 * slots.owned + slots.spare)
 
     rows = problem.num_heads * tokens(problem)[0]
     result = {"o": rows * config.head_dim_v * element}

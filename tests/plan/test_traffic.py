@@ -69,7 +69,7 @@ def test_packed_blocks_search_their_sequence():
     problem = replace(PROBLEM, batch=2, seqlen_q=64, seqlen_k=9, total_q=64, total_k=9)
     (launch,) = traffic(problem, replace(CONFIG, varlen=True), cu_seqlens_q=[0, 64, 64], cu_seqlens_k=[0, 9, 9])
     # Slots 0 and 1 are sequence 0's, slot 2 is sequence 1's, slot 3 that of the tokens past both.
-    assert launch.read["cu_seqlens_k"] == 4 * 4 * (2 + 2 + 2)
+    assert launch.read["cu_seqlens_k"] == 4 * 4 * (2 + 2 + 2 + 1)
     with pytest.raises(InvalidValueError, match="cu_seqlens_q = None: must list the 3 ends"):
         traffic(problem, replace(CONFIG, varlen=True))
 
