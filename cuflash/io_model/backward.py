@@ -15,13 +15,11 @@ from cuflash.io_model.cost import Cost, Sizes, product_count, special_operations
 from cuflash.io_model.shapes import in_rank_4
 from cuflash.plan.backward import BackwardPlan
 from cuflash.plan.backward_cost import column_chunks, shares
-from cuflash.plan.backward_traffic import backward_traffic, sums_of_tile, visits
+from cuflash.plan.backward_traffic import TURN, backward_traffic, sums_of_tile, visits
 from cuflash.plan.config import BackwardConfig, BiasGradientConfig, round_up
 from cuflash.plan.forward import Launch
 from cuflash.plan.traffic import sequence_lengths, sum_bytes
 from cuflash.problem import Problem
-
-TURN = 4  # bytes of a counter in `turns`
 
 
 def standard_backward(
