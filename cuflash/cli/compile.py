@@ -9,6 +9,7 @@ from cuflash.jit.ahead import compile_all
 from cuflash.jit.cache import cache_dir
 from cuflash.jit.compiler import EXTRAS
 from cuflash.plan.arch import ARCHS
+from cuflash.plan.config import ARRAY_DTYPES
 from cuflash.plan.shipped import DTYPES, HEAD_DIMS, shipped_configs
 
 
@@ -19,7 +20,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Compile the shipped kernel configurations, or those that the options select, into the cache.",
     )
     parser.add_argument("--arch", nargs="+", required=True, choices=tuple(ARCHS), metavar="ARCH", help=", ".join(ARCHS))
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="of q, k and v; both by default")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=ARRAY_DTYPES, default=DTYPES, help="of q, k and v; 16 bits by default"
+    )
     sizes = ", ".join(map(str, HEAD_DIMS))
     parser.add_argument(
         "--head-dim", nargs="+", type=_head_dim, default=HEAD_DIMS, metavar="DIM", help=f"1 to 512; by default {sizes}"

@@ -8,7 +8,7 @@ from math import gcd
 
 from cuflash.plan.arch import Arch, arch_named
 from cuflash.plan.backward import plan_backward
-from cuflash.plan.config import KernelConfig
+from cuflash.plan.config import ELEMENT_BYTES, KernelConfig
 from cuflash.plan.forward import plan_forward
 from cuflash.problem import Problem, default_scale
 
@@ -22,20 +22,22 @@ def shipped_configs(
 ) -> tuple[KernelConfig, ...]:
     """What the plan chooses on an architecture for the common problems: each once, in a fixed order.
 
-    Any of the kernels' dtypes and head dimensions, 1 to 512; rows are taken as contiguous.
+    Any dtypes and head dimensions that the kernels take; rows are taken as contiguous.
     """
     chosen: dict[KernelConfig, None] = {}
     for dtype in dtypes:
         for head_dim in head_dims:
-            row_bytes = gcd(16, 2 * head_dim)
+            row_bytes = gcd(16, ELEMENT_BYTES[dtype] * head_dim)
             for problem in _problems(head_dim, dtype):
                 chosen |= dict.fromkeys(_configs(problem, arch_named(arch), row_bytes))
     return tuple(chosen)
 
 
 def _configs(problem: Problem, arch: Arch, row_bytes: int) -> list[KernelConfig]:
-    """Of both passes, with the gradient of a bias as large as the scores."""
+    """Of both passes, with the gradient of a bias as large as the scores; of float32 and float64 the forward pass."""
     forward = plan_forward(problem, arch, load_bytes=row_bytes, store_bytes=row_bytes)
+    if problem.dtype not in DTYPES:
+        return [launch.config for launch in (forward.forward, forward.combine) if launch is not None]
     bias_shape = (problem.batch, problem.num_heads, problem.seqlen_q, problem.seqlen_k) if problem.bias_dtype else None
     backward = plan_backward(problem, arch, load_bytes=row_bytes, store_bytes=row_bytes, bias_shape=bias_shape)
     launches = (forward.forward, forward.combine, *backward.launches)

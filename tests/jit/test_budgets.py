@@ -33,3 +33,15 @@ def test_every_shipped_kernel_is_documented():
     text = make_resources.TARGET.read_text(encoding="utf-8")
     rows = {make_resources.row(config) for config, _ in make_resources.jobs()}
     assert set(make_resources.rows_in(text)) == rows, "run: python docs/make_resources.py"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_wide_dtypes_do_not_spill(arch, dtype):
+    """Beyond the sums that float32 keeps in local memory, and two registers beside hundreds of products a tile."""
+    spilling = {}
+    for config in shipped_configs(arch, [dtype], [64, 128]):
+        used = resources(config, arch)
+        if max(used.spill_loads, used.spill_stores) > 8:
+            spilling[config] = used
+    assert spilling == {}
