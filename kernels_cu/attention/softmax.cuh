@@ -47,13 +47,15 @@ struct OnlineSoftmax {
         for (int i = 0; i < kM; ++i)
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
+                T sum = 0;  // of the tile: added one by one, small weights would be lost beside a large one
 #pragma unroll
                 for (int n = 0; n < kN; ++n)
 #pragma unroll
                     for (int e = 2 * h; e < 2 * h + 2; ++e) {
                         S[i][n][e] = exp2_of(fma(S[i][n][e], c, -m[i][h]));
-                        l[i][h] += S[i][n][e];
+                        sum += S[i][n][e];
                     }
+                l[i][h] += sum;
             }
     }
 

@@ -9,9 +9,10 @@
 
 namespace cuflash {
 
-// This lane's share of rowsum(a b) over head_dim_v columns.
+// This lane's share of rowsum(o do) over head_dim_v columns. With TF32 do is rounded as it is in dP = dO V^T: where one key
+// has nearly all the weight, dP and delta nearly cancel, and so must their roundings.
 template <BackwardConfig C>
-__device__ __forceinline__ Sum<C.dtype> dot_share(const Storage<C.dtype>* a, const Storage<C.dtype>* b, int lane) {
+__device__ __forceinline__ Sum<C.dtype> dot_share(const Storage<C.dtype>* o, const Storage<C.dtype>* d_o, int lane) {
     constexpr bool kPairs = bytes_of(C.dtype) == 2 && C.load_bytes >= 4 && C.head_dim_v % 2 == 0;
     constexpr int kWidth = kPairs ? 2 : 1;  // columns a load
     Sum<C.dtype> sum = 0;
@@ -20,11 +21,13 @@ __device__ __forceinline__ Sum<C.dtype> dot_share(const Storage<C.dtype>* a, con
         const int column = j + kWidth * lane;
         if (column >= C.head_dim_v) break;
         if constexpr (kPairs) {
-            const u32 x = *reinterpret_cast<const u32*>(a + column), y = *reinterpret_cast<const u32*>(b + column);
+            const u32 x = *reinterpret_cast<const u32*>(o + column), y = *reinterpret_cast<const u32*>(d_o + column);
             sum = fma(unpack_low<C.dtype>(x), unpack_low<C.dtype>(y), sum);
             sum = fma(unpack_high<C.dtype>(x), unpack_high<C.dtype>(y), sum);
         } else {
-            sum = fma(load_element<C.dtype>(a, column), load_element<C.dtype>(b, column), sum);
+            Sum<C.dtype> y = load_element<C.dtype>(d_o, column);
+            if constexpr (C.dtype == Element::tf32) y = __uint_as_float(ptx::cvt_rna_tf32(__float_as_uint(y)));
+            sum = fma(load_element<C.dtype>(o, column), y, sum);
         }
     }
     return sum;
