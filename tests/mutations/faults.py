@@ -73,7 +73,7 @@ SYNCHRONISATION = [
     ),
     Mutation("no barrier behind Q", FORWARD, f"{BARRIER}          // everyone's has\n", "\n", IN_REGISTERS, Race),
     Mutation(
-        "no barrier before the epilogue", FORWARD, f"{BARRIER}  // everyone is done with Q", "//", WIDE_VALUES, Race
+        "no barrier before the epilogue", FORWARD, f"{BARRIER}  // everyone is done with Q", ";  //", WIDE_VALUES, Race
     ),
     Mutation("no warp barrier in the epilogue", EPILOGUE, "__syncwarp();", "", PLAIN, Race),
     Mutation(
@@ -112,7 +112,7 @@ MEMORY = [
     Mutation(
         "columns past head_dim loaded",
         LOAD,
-        "min(max(2 * columns - 16 * (chunk + j), 0), 16)",
+        "min(max(kBytes * columns - 16 * (chunk + j), 0), 16)",
         "16",
         NARROW,
         OutOfBounds,
@@ -145,14 +145,12 @@ MEMORY = [
     Mutation("partial rows past the end stored", EPILOGUE, "if (row >= rows) continue;", "", SPLIT, OutOfBounds),
     Mutation("lse past the end stored", EPILOGUE, "if (row < rows) lse", "lse", PLAIN, OutOfBounds),
     Mutation("columns past head_dim_v stored", EPILOGUE, "if (columns > 0) ptx", "ptx", NARROW, Race),
-    Mutation(
-        "bias of rows past the end read", SCORES, "row < work.len_q && ", "", BIASED, (OutOfBounds, Uninitialized)
-    ),
+    Mutation("bias of rows past the end read", SCORES, "exists && ", "", BIASED, (OutOfBounds, Uninitialized)),
     Mutation(
         "bias strides swapped",
         SCORES,
-        "row * params.bias_strides[2] + key * params.bias_strides[3]",
-        "row * params.bias_strides[3] + key * params.bias_strides[2]",
+        "row * row_stride + first * column_stride",
+        "row * column_stride + first * row_stride",
         BIASED,
         (OutOfBounds, Uninitialized),
     ),
@@ -162,34 +160,34 @@ MASKS = [
     Mutation(
         "diagonal off by one",
         TILES,
-        "(work.len_k) - work.len_q)",
-        "(work.len_k) - work.len_q + 1)",
+        "(sequence.len_k) - sequence.len_q)",
+        "(sequence.len_k) - sequence.len_q + 1)",
         CAUSAL,
         WrongResult,
     ),
     Mutation(
         "aligned to the top left",
         TILES,
-        "shift(static_cast<i64>(work.len_k) - work.len_q)",
+        "shift(static_cast<i64>(sequence.len_k) - sequence.len_q)",
         "shift(0)",
         CAUSAL,
         WrongResult,
     ),
-    Mutation("left bound off by one", TILES, "row + shift - left)", "row + shift - left + 1)", WINDOW, WrongResult),
-    Mutation("right bound off by one", TILES, "row + shift + right + 1)", "row + shift + right)", WINDOW, WrongResult),
+    Mutation("left bound off by one", TILES, "row + shift - left,", "row + shift - left + 1,", WINDOW, WrongResult),
+    Mutation("right bound off by one", TILES, "row + shift + right + 1,", "row + shift + right,", WINDOW, WrongResult),
     Mutation(
         "window in 32 bits",
         TILES,
-        "row + shift - left)",
-        "static_cast<int>(row + shift) - left)",
+        "row + shift - left,",
+        "static_cast<int>(row + shift) - left,",
         LATE_START,
         WrongResult,
     ),
     Mutation(
         "last tile of keys left out",
         TILES,
-        "1 + (tiles.key_end - 1) / C.block_n",
-        "tiles.key_end / C.block_n",
+        "1 + (tiles.keys.end - 1) / C.block_n",
+        "tiles.keys.end / C.block_n",
         PLAIN,
         WrongResult,
     ),
@@ -239,8 +237,8 @@ MASKS = [
     Mutation(
         "mask inverted",
         SCORES,
-        "visible ? S[n][2 * h + e] : -kInfinity",
-        "visible ? -kInfinity : S[n][2 * h + e]",
+        "visible ? S[n][2 * h + e] : static_cast<T>(-kInfinity)",
+        "visible ? static_cast<T>(-kInfinity) : S[n][2 * h + e]",
         CAUSAL,
         WrongResult,
     ),
@@ -250,41 +248,48 @@ NUMBERS = [
     Mutation("O not rescaled", SOFTMAX, "O[i][n][e] *= decay[i][h];", "O[i][n][e] *= 1.0f;", PLAIN, WrongResult),
     Mutation("l not rescaled", SOFTMAX, "l[i][h] *= decay[i][h];", "", PLAIN, WrongResult),
     Mutation("m not kept", SOFTMAX, "m[i][h] = grown;", "", PLAIN, WrongResult),
-    Mutation("-inf minus -inf", SOFTMAX, "m[i][h] = kLowest", "m[i][h] = -kInfinity", LATE_START, WrongResult),
+    Mutation("-inf minus -inf", SOFTMAX, "m[i][h] = kLowest<T>", "m[i][h] = -kInfinity", LATE_START, WrongResult),
     Mutation(
         "empty rows divided",
         SOFTMAX,
-        "total == 0.0f ? 0.0f : ptx::rcp(total)",
-        "ptx::rcp(total)",
+        "total == 0 ? 0 : reciprocal(total)",
+        "reciprocal(total)",
         LATE_START,
         WrongResult,
     ),
     Mutation(
-        "lse in base 2", SOFTMAX, "kLn2 * (m[i][h] + ptx::lg2(total))", "m[i][h] + ptx::lg2(total)", PLAIN, WrongResult
+        "lse in base 2", SOFTMAX, "kLn2<T> * (m[i][h] + log2_of(total))", "m[i][h] + log2_of(total)", PLAIN, WrongResult
     ),
-    Mutation("lse without the maximum", SOFTMAX, "(m[i][h] + ptx::lg2(total))", "ptx::lg2(total)", PLAIN, WrongResult),
+    Mutation("lse without the maximum", SOFTMAX, "(m[i][h] + log2_of(total))", "log2_of(total)", PLAIN, WrongResult),
     Mutation(
-        "shuffle dropped from the maximum", PRODUCT, "x = fmaxf(x, ptx::shfl_bfly<1>(x));", "", PLAIN, WrongResult
+        "shuffle dropped from the maximum", PRODUCT, "x = larger(x, ptx::shfl_bfly<1>(x));", "", PLAIN, WrongResult
     ),
     Mutation("shuffle dropped from the sum", PRODUCT, "x += ptx::shfl_bfly<1>(x);", "", PLAIN, WrongResult),
     Mutation(
-        "scale in natural units", SCORES, "kRaw ? params.scale * kLog2E", "kRaw ? params.scale", PLAIN, WrongResult
+        "scale in natural units",
+        SCORES,
+        "kRaw ? scale_of<T>(params) * kLog2E<T>",
+        "kRaw ? scale_of<T>(params)",
+        PLAIN,
+        WrongResult,
     ),
-    Mutation("bias in natural units", SCORES, "offset), kLog2E, score)", "offset), 1.0f, score)", BIASED, WrongResult),
+    Mutation(
+        "bias in natural units", SCORES, "stride)), kLog2E<T>, score)", "stride)), T{1}, score)", BIASED, WrongResult
+    ),
     Mutation(
         "bias capped with the score",
         SCORES,
-        "score = fmaf(load_element<C.bias_dtype>(bias, offset), kLog2E, score);",
-        "score = params.softcap * kLog2E * tanh_accurate((load_element<C.bias_dtype>(bias, offset) + score / kLog2E) / "
-        "params.softcap);",
+        "score = fma(static_cast<T>(load_element<C.bias_dtype>(bias, e * column_stride)), kLog2E<T>, score);",
+        "score = softcap * kLog2E<T> * tanh_accurate((score / kLog2E<T> + "
+        "static_cast<T>(load_element<C.bias_dtype>(bias, e * column_stride))) / softcap);",
         CAPPED,
         WrongResult,
     ),
     Mutation(
         "softcap without its scale",
         SCORES,
-        "score = params.softcap * kLog2E * tanh",
-        "score = kLog2E * tanh",
+        "score = softcap * kLog2E<T> * t;",
+        "score = kLog2E<T> * t;",
         CAPPED,
         WrongResult,
     ),
@@ -296,7 +301,9 @@ NUMBERS = [
         PLAIN,
         WrongResult,
     ),
-    Mutation("V not transposed", PRODUCT, "ptx::ldmatrix_x4_trans(block", "ptx::ldmatrix_x4(block", PLAIN, WrongResult),
+    Mutation(
+        "V not transposed", PRODUCT, "ptx::ldmatrix_x4_trans(elements", "ptx::ldmatrix_x4(elements", PLAIN, WrongResult
+    ),
     Mutation(
         "swapped halves of P",
         PRODUCT,
@@ -317,18 +324,18 @@ NUMBERS = [
     Mutation(
         "rows read without their swizzle",
         SHARED_TILE,
-        "{ return offset(lane % 16, lane / 16); }",
-        "{ return lane % 16 * kPitch + lane / 16 * 16; }",
+        "else return offset(lane % 16, lane / 16);",
+        "else return lane % 16 * kPitch + lane / 16 * 16;",
         PLAIN,
         WrongResult,
     ),
 ]
 
 COMBINING = [
-    Mutation("weights in natural units", MERGE, "(lses[i] - shift) * kLog2E", "lses[i] - shift", SPLIT, WrongResult),
+    Mutation("weights in natural units", MERGE, "(lses[i] - shift) * kLog2E<T>", "lses[i] - shift", SPLIT, WrongResult),
     Mutation("weights not normalised", MERGE, "weight[i] *= inverse;", "", SPLIT, WrongResult),
-    Mutation("lse of the greatest part", MERGE, "shift + kLn2 * ptx::lg2(sum)", "shift", SPLIT, WrongResult),
-    Mutation("shuffle dropped", MERGE, "return x + ptx::shfl_bfly<1>(x);", "return x;", SPLIT, WrongResult),
+    Mutation("lse of the greatest part", MERGE, "shift + kLn2<T> * log2_of(sum)", "shift", SPLIT, WrongResult),
+    Mutation("shuffle dropped", PRODUCT, "return x + ptx::shfl_bfly<2>(x);", "return x;", SPLIT, WrongResult),
     Mutation(
         "weight of the next part",
         COMBINE,
@@ -365,16 +372,18 @@ WORK_SHARES = [
     Mutation(
         "bias of the key/value head",
         SCORES,
-        "work.head * params.bias_strides[1]",
-        "work.head / params.group * params.bias_strides[1]",
+        "head * params.bias_strides[1]",
+        "head / params.group * params.bias_strides[1]",
         BIASED,
         WrongResult,
     ),
-    Mutation("bias of the first sequence", SCORES, "work.sequence * params.bias_strides[0]", "0", BIASED, WrongResult),
+    Mutation(
+        "bias of the first sequence", SCORES, "sequence.sequence * params.bias_strides[0]", "0", BIASED, WrongResult
+    ),
     Mutation(
         "first columns for every chunk",
         FORWARD,
-        " + work.chunk * C.block_dv;",
+        " +\n                    work.chunk * C.block_dv;",
         ";",
         COLUMNS,
         WrongResult,
@@ -400,19 +409,17 @@ WORK_SHARES = [
     Mutation(
         "keys from the queries' start",
         WORK,
-        "real ? token_at(params.cu_seqlens_k, b, params.total_k)",
-        "real ? token_at(params.cu_seqlens_q, b, params.total_k)",
+        "to.k_start = token_at(params.cu_seqlens_k, b",
+        "to.k_start = token_at(params.cu_seqlens_q, b",
         PACKED,
         WrongResult,
     ),
-    Mutation(
-        "slot of the sequence before", WORK, "if (first <= slot) low", "if (first < slot) low", PACKED, Uninitialized
-    ),
+    Mutation("slot of the sequence before", WORK, "middle <= slot) low", "middle < slot) low", PACKED, Uninitialized),
     Mutation(
         "tiles not counted per sequence",
         WORK,
-        "slot - (work.q_start / C.block_m + b)",
-        "slot - work.q_start / C.block_m",
+        "slot - (start / block + sequence)",
+        "slot - start / block",
         PACKED,
         Uninitialized,
     ),
