@@ -23,12 +23,11 @@ constexpr int instruction_words(Element element) { return is_split(element) ? 8 
 constexpr int instructions(Element element, int depth) { return depth / (bytes_of(element) == 2 ? 16 : 8); }
 constexpr int left_words(Element element, int depth) { return instructions(element, depth) * instruction_words(element); }
 
-// x = high + low + less than 2^-22 |x|. Products ignore the low 13 bits of what they are given, here of `low`. An infinity
-// leaves a finite `low`, so that it stays an infinity.
+// x = high + low + at most 2^-23 |x|, of either sign: products ignore the low 13 bits of what they are given, here of `low`.
+// An infinity gives a NaN.
 __device__ __forceinline__ void split(u32& high, u32& low, u32 x) {
-    constexpr float kBound = 0x1p118f;  // above every other `low`
     high = (x + 0x1000) & 0xffffe000;
-    low = __float_as_uint(fminf(__uint_as_float(x) - __uint_as_float(high), kBound));
+    low = __float_as_uint(__uint_as_float(x) - __uint_as_float(high));
 }
 
 // The words of one instruction, kN = 4 of a left operand or 2 of a right one, from the elements as they are in memory.
