@@ -6,9 +6,10 @@ import pytest
 
 from cuflash.jit import sources
 from tests.attention.cases import Case
-from tests.mutations.faults import MUTATIONS
+from tests.mutations import faults, wide_faults
 from tests.mutations.mutate import Mutation, run
 
+MUTATIONS = [*faults.MUTATIONS, *wide_faults.MUTATIONS]
 CASES = list(dict.fromkeys(mutation.case for mutation in MUTATIONS))
 
 
