@@ -11,6 +11,19 @@ namespace cuflash {
 template <class T>
 constexpr T kLowest = static_cast<T>(sizeof(T) == 8 ? -1.7e308 : -3.4e38);
 
+// ln(2^m total), rounded once: log2 total is taken apart into an exponent and what is left, and products and sums into
+// what T holds of them and what it does not.
+template <class T>
+__device__ __forceinline__ T natural_log(T m, T total) {
+    constexpr T kLn2Low = static_cast<T>(sizeof(T) == 8 ? 2.3190468138462996e-17 : 0.6931471805599453 - kLn2<float>);
+    int exponent;
+    const T fraction = frexp(total, &exponent);
+    const T sum = m + exponent, part = sum - m;
+    const T rest = (m - (sum - part)) + (exponent - part) + log2_of(fraction);  // sum + rest = m + log2 total
+    const T product = sum * kLn2<T>;
+    return product + (fma(sum, kLn2<T>, -product) + fma(sum, kLn2Low, rest * kLn2<T>));
+}
+
 // Running state of rows 16m + 8h + lane / 4 (h = 0, 1). The maximum is the same in the four lanes of a row; the sum is
 // this lane's share, added up once at the end.
 template <class T, int kM>
@@ -73,7 +86,7 @@ struct OnlineSoftmax {
             }
     }
 
-    // O /= l and lse = ln 2 (m + log2 l), in place of m. A row that saw nothing has l = 0: O = 0, lse = -inf.
+    // O /= l and lse = ln(2^m l), in place of m. A row that saw nothing has l = 0: O = 0, lse = -inf.
     template <int kO>
     __device__ __forceinline__ void finish(T (&O)[kM][kO][4]) {
 #pragma unroll
@@ -82,7 +95,7 @@ struct OnlineSoftmax {
             for (int h = 0; h < 2; ++h) {
                 const T total = quad_sum(l[i][h]);
                 const T inverse = total == 0 ? 0 : reciprocal(total);
-                m[i][h] = total == 0 ? -kInfinity : kLn2<T> * (m[i][h] + log2_of(total));
+                m[i][h] = total == 0 ? -kInfinity : natural_log(m[i][h], total);
 #pragma unroll
                 for (int n = 0; n < kO; ++n)
 #pragma unroll
