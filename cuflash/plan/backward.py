@@ -141,7 +141,7 @@ def _candidates(required: dict[str, Any], few_rows: bool) -> Iterator[BackwardCo
     for block_m in (16,) if few_rows else (128, 64, 32, 16):
         for num_warps, key_warps, block_n in WARPS_AND_KEYS:
             shares = num_warps // key_warps
-            if block_m < 16 * shares or (shares > 1 and size > 2):
+            if block_m < 16 * shares or (shares > 1 and size > 2) or (size == 8 and block_m > 64 * num_warps):
                 continue
             for most in columns:
                 for num_stages in (1, 2):

@@ -146,6 +146,8 @@ class BackwardConfig:
             "block_m",
             f"16, 32, 64 or 128, and at least 16 for each of the warps that share it: {least}",
         )
+        most = 16 * self.threads // (8 if self.dtype == "float64" else 4)
+        require(self.block_m <= most, "block_m", f"at most {most}, for each thread copies 16 bytes of a tile's lse")
         for field, head_dim in (("block_d", self.head_dim), ("block_dv", self.head_dim_v)):
             block = getattr(self, field)
             unit = max(64, least)
