@@ -41,13 +41,14 @@ def attention(
     q : array (batch, seqlen_q, num_heads, head_dim)
         Queries; also (seqlen_q, num_heads, head_dim) or (seqlen_q, head_dim). NumPy arrays run on the CPU, or on the
         device of a surrounding `cuflash.emulate`; CuPy arrays run on their GPU; any other array that implements
-        ``__dlpack__`` runs where it is. float16, bfloat16, and on the CPU float32 and float64.
+        ``__dlpack__`` runs where it is. float16, bfloat16, float32 or float64.
         Any strides are used in place, except that an array whose last axis is not contiguous is copied.
     k : array (batch, seqlen_k, num_kv_heads, head_dim)
         Keys, of q's rank, kind, device and dtype. num_heads is a multiple of num_kv_heads: query head h reads
         key/value head h // (num_heads // num_kv_heads).
     v : array (batch, seqlen_k, num_kv_heads, head_dim_v)
-        Values; head_dim_v may differ from head_dim. On a GPU both are 1 to 512.
+        Values; head_dim_v may differ from head_dim. On a GPU both are 1 to 512; head_dim of float64 is up to 320 where
+        a block has 99 KiB of shared memory (sm_86, sm_89, sm_120).
     causal : bool
         Query i sees key j only if j <= i + seqlen_k - seqlen_q: the last query sees every key.
     window : (left, right), optional
@@ -55,8 +56,8 @@ def attention(
         side is no bound; with `causal`, right is 0.
     bias : array, optional
         Added to the scores, in natural-log units; broadcasts to (batch, num_heads, seqlen_q, seqlen_k), less the axes
-        that q lacks. Its strides are used in place, zeros included. float16, bfloat16, float32, on the CPU float64.
-        -inf hides a key; on a GPU so does what is below -2.3e38.
+        that q lacks. Its strides are used in place, zeros included. float16, bfloat16, float32 or float64, whatever q
+        has. -inf hides a key; on a GPU so does what is below -2.3e38 (float64 q: -1.2e308).
     scale : float, optional
         Factor of q kᵀ, 1e-30 to 1e30, for float64 1e-300 to 1e300; 1/√head_dim by default.
     softcap : float, optional
@@ -87,7 +88,7 @@ def attention(
     Notes
     -----
     Sums are in float32, in float64 for float64. NaN and infinities reach only queries that see them; on a GPU those of
-    v also reach the other queries of a tile. On a GPU scores must stay within ±1e8 where there is neither bias nor
+    v also reach the other queries of a tile, and an infinity in float32 counts as NaN. On a GPU scores must stay within ±1e8 where there is neither bias nor
     softcap: the maximum is rounded before it is subtracted.
 
     On a GPU the call waits for nothing: it launches on CuPy's current stream of the arrays' device and can be captured
