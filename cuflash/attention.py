@@ -88,8 +88,8 @@ def attention(
     Notes
     -----
     Sums are in float32, in float64 for float64. NaN and infinities reach only queries that see them; on a GPU those of
-    v also reach the other queries of a tile, and an infinity in float32 counts as NaN. On a GPU scores must stay within ±1e8 where there is neither bias nor
-    softcap: the maximum is rounded before it is subtracted.
+    v also reach the other queries of a tile, and an infinity in float32 counts as NaN. On a GPU scores must stay within
+    ±1e8 where there is neither bias nor softcap: the maximum is rounded before it is subtracted.
 
     On a GPU the call waits for nothing: it launches on CuPy's current stream of the arrays' device and can be captured
     in a graph once its kernel is loaded.
