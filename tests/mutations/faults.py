@@ -257,10 +257,11 @@ NUMBERS = [
         LATE_START,
         WrongResult,
     ),
+    Mutation("lse in base 2", SOFTMAX, "natural_log(m[i][h], total)", "m[i][h] + log2_of(total)", PLAIN, WrongResult),
     Mutation(
-        "lse in base 2", SOFTMAX, "kLn2<T> * (m[i][h] + log2_of(total))", "m[i][h] + log2_of(total)", PLAIN, WrongResult
+        "lse without the maximum", SOFTMAX, "natural_log(m[i][h], total)", "natural_log(T{0}, total)", PLAIN, WrongResult
     ),
-    Mutation("lse without the maximum", SOFTMAX, "(m[i][h] + log2_of(total))", "log2_of(total)", PLAIN, WrongResult),
+    Mutation("lse without the low part", SOFTMAX, "rest * kLn2<T>)", "T{0})", PLAIN, WrongResult),
     Mutation(
         "shuffle dropped from the maximum", PRODUCT, "x = larger(x, ptx::shfl_bfly<1>(x));", "", PLAIN, WrongResult
     ),
