@@ -259,7 +259,7 @@ NUMBERS = [
     ),
     Mutation("lse in base 2", SOFTMAX, "natural_log(m[i][h], total)", "m[i][h] + log2_of(total)", PLAIN, WrongResult),
     Mutation(
-        "lse without the maximum", SOFTMAX, "natural_log(m[i][h], total)", "natural_log(T{0}, total)", PLAIN, WrongResult
+        "lse without the maximum", SOFTMAX, "natural_log(m[i][h], total)", "natural_log(T(), total)", PLAIN, WrongResult
     ),
     Mutation("lse without the low part", SOFTMAX, "rest * kLn2<T>)", "T{0})", PLAIN, WrongResult),
     Mutation(
