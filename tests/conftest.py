@@ -44,8 +44,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names = chosen_devices(metafunc.config)
     named = {argument for mark in metafunc.definition.iter_markers("parametrize") for argument in _arguments(mark)}
     if "dtype" in metafunc.fixturenames and "dtype" not in named:
-        gradients = metafunc.module.__name__.startswith("tests.gradients")
-        pairs = [(n, dtype) for n in names for dtype in (DEVICES[n].gradient_dtypes if gradients else ALL_DTYPES)]
+        pairs = [(name, dtype) for name in names for dtype in ALL_DTYPES]
         metafunc.parametrize(("device", "dtype"), pairs, indirect=["device"])
     else:
         metafunc.parametrize("device", names, indirect=True)
@@ -53,7 +52,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest):
-    """One of tests/devices.py: `.name`, `.gradient_dtypes`, `.run(function, *arrays, **keywords)`."""
+    """One of tests/devices.py: `.name`, `.run(function, *arrays, **keywords)`."""
     return DEVICES[request.param]()
 
 

@@ -11,14 +11,12 @@ import numpy as np
 import cuflash
 
 ALL_DTYPES = ("float16", "bfloat16", "float32", "float64")
-GRADIENT_DTYPES = ALL_DTYPES
 
 
 class CpuDevice:
     """NumPy arrays as they are: the CPU executor."""
 
     name = "cpu"
-    gradient_dtypes = ALL_DTYPES
 
     def run(self, function: Callable[..., Any], *arrays: Any, **keywords: Any) -> Any:
         """function(*arrays, **keywords) on this device; an `out` array is written in place."""
@@ -29,7 +27,6 @@ class EmulatedDevice:
     """NumPy arrays through the real kernels on an emulated GPU; `launches` are those of the latest run."""
 
     name = "emulated"
-    gradient_dtypes = GRADIENT_DTYPES
 
     def __init__(self, arch: str = "sm_80") -> None:
         self.arch = arch
@@ -46,7 +43,6 @@ class CudaDevice:
     """CuPy arrays with the strides, alignment, sharing and surrounding memory of the NumPy arrays."""
 
     name = "cuda"
-    gradient_dtypes = GRADIENT_DTYPES
 
     def run(self, function: Callable[..., Any], *arrays: Any, **keywords: Any) -> Any:
         memory = _Memory()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from math import gcd
 
+from cuflash.errors import InvalidShapeError
 from cuflash.plan.arch import Arch, arch_named
-from cuflash.plan.backward import plan_backward
+from cuflash.plan.backward import check_gradient_shape, plan_backward
 from cuflash.plan.config import ELEMENT_BYTES, KernelConfig
-from cuflash.plan.forward import plan_forward
+from cuflash.plan.forward import max_head_dim, plan_forward
 from cuflash.problem import Problem, default_scale
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256, 512)
@@ -34,13 +36,16 @@ def shipped_configs(
 
 
 def _configs(problem: Problem, arch: Arch, row_bytes: int) -> list[KernelConfig]:
-    """Of both passes, with the gradient of a bias as large as the scores; of float32 and float64 the forward pass."""
+    """Of both passes as far as their tiles fit, with the gradient of a bias as large as the scores."""
+    if problem.head_dim > max_head_dim(problem.dtype, arch):
+        return []
     forward = plan_forward(problem, arch, load_bytes=row_bytes, store_bytes=row_bytes)
-    if problem.dtype not in DTYPES:
-        return [launch.config for launch in (forward.forward, forward.combine) if launch is not None]
+    launches = [forward.forward, forward.combine]
     bias_shape = (problem.batch, problem.num_heads, problem.seqlen_q, problem.seqlen_k) if problem.bias_dtype else None
-    backward = plan_backward(problem, arch, load_bytes=row_bytes, store_bytes=row_bytes, bias_shape=bias_shape)
-    launches = (forward.forward, forward.combine, *backward.launches)
+    with suppress(InvalidShapeError):
+        check_gradient_shape(problem.dtype, problem.head_dim, problem.head_dim_v, arch)
+        backward = plan_backward(problem, arch, load_bytes=row_bytes, store_bytes=row_bytes, bias_shape=bias_shape)
+        launches += backward.launches
     return [launch.config for launch in launches if launch is not None]
 
 

@@ -69,7 +69,7 @@ __device__ __forceinline__ void store_results(const T (&O)[kM][kN][4], const T (
     if constexpr (ForwardShared<C>::kStaged) __syncthreads();  // everyone is done with Q, K and V, whose place O takes
     auto* o = static_cast<Storage<kTo>*>(params.o);
     if constexpr (C.split) o += work.split * params.o_split_stride;
-    store_rows<kTo, SharedTile<C.block_m, C.block_dv>, C.head_dim_v, C.store_bytes>(
+    store_rows<kTo, SharedTile<C.block_m, C.block_dv, Storage<kTo>>, C.head_dim_v, C.store_bytes>(
         O, row_at(o, params.o_strides, work.batch_entry, token, work.head), params.o_strides[1], rows,
         work.chunk * C.block_dv, ptx::shared_address(shared.o), here.row, here.lane);
     if (params.lse != nullptr && work.chunk == 0) {

@@ -98,7 +98,7 @@ __device__ __forceinline__ void load_right_columns(Word<E> (&words)[2][kWords], 
 }
 
 // Left operand [16 kM][16 kK] in registers.
-template <int kM, int kK, Element E = Element::float16>
+template <int kM, int kK, Element E>
 struct LeftFragments {
     Word<E> value[kK][kM][left_words(E, 16)];
 

@@ -15,7 +15,7 @@ constexpr int greater(int a, int b) { return a < b ? b : a; }
 // the same chunk of eight consecutive rows, and kSpan consecutive chunks of 8 / kSpan rows, each cover all banks once.
 // The XOR touches only address bits that neither a row, nor an aligned group of kSpan chunks, nor a tile's start (aligned
 // to 128 bytes) reaches; so a thread computes one address and reaches others by an XOR and an addition of constants.
-template <int kRows_, int kCols_, class T = u16>
+template <int kRows_, int kCols_, class T>
 struct SharedTile {
     using Element = T;
     static constexpr int kRows = kRows_;
