@@ -26,8 +26,8 @@ LAYERS = (
     ("arrays",),
     ("packing",),
     ("forward",),
-    ("backward",),
-    ("attention", "merge"),
+    ("backward", "tokens"),
+    ("attention", "merge", "sparse"),
     ("",),  # cuflash itself
     ("cli",),
     ("__main__",),

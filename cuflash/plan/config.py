@@ -270,7 +270,101 @@ class CombineConfig:
         return _unit(self, "combine", f"__launch_bounds__({self.threads})", "Combine")
 
 
-KernelConfig = ForwardConfig | BackwardConfig | BiasGradientConfig | CombineConfig
+def _require(config: object, field: str, allowed: tuple[object, ...]) -> None:
+    if getattr(config, field) not in allowed:
+        raise ConfigError(f"{type(config).__name__}.{field} = {getattr(config, field)!r}: must be one of {allowed}")
+
+
+@dataclass(frozen=True)
+class SortTokensConfig:
+    """Compile-time constants of the kernel that sorts tokens by a key."""
+
+    key_bytes: int
+    is_signed: bool
+    keep: bool  # keys are truths: kept tokens first, then dropped ones, which the order names -1
+    num_warps: int
+
+    family = "sort_tokens"
+
+    def __post_init__(self) -> None:
+        _require(self, "key_bytes", (1,) if self.keep else (1, 2, 4, 8))
+        _require(self, "num_warps", (8, 16, 32))
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.num_warps
+
+    @property
+    def entry(self) -> str:
+        return f"cuflash_sort_tokens_{8 * self.key_bytes}"
+
+    def unit(self) -> str:
+        return _unit(self, "sort_tokens", f"__launch_bounds__({self.threads})", "SortTokens")
+
+
+@dataclass(frozen=True)
+class VisibleRangesConfig:
+    """Compile-time constants of the kernel that finds which sorted keys each sorted query sees."""
+
+    key_bytes: int
+    num_warps: int
+
+    family = "visible_ranges"
+
+    def __post_init__(self) -> None:
+        _require(self, "key_bytes", (1, 2, 4, 8))
+        _require(self, "num_warps", (1, 2, 4, 8))
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.num_warps
+
+    @property
+    def entry(self) -> str:
+        return f"cuflash_visible_ranges_{8 * self.key_bytes}"
+
+    def unit(self) -> str:
+        return _unit(self, "visible_ranges", f"__launch_bounds__({self.threads})", "VisibleRanges")
+
+
+@dataclass(frozen=True)
+class GatherRowsConfig:
+    """Compile-time constants of the kernel that puts rows of an array into another order."""
+
+    access_bytes: int
+    lanes: int  # threads that share a row
+    rows: int  # of a thread
+    num_warps: int
+
+    family = "gather_rows"
+
+    def __post_init__(self) -> None:
+        _require(self, "access_bytes", (1, 2, 4, 8, 16))
+        _require(self, "lanes", (1, 2, 4, 8, 16, 32))
+        _require(self, "rows", (1, 2, 4, 8))
+        _require(self, "num_warps", (1, 2, 4, 8))
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.num_warps
+
+    @property
+    def entry(self) -> str:
+        return f"cuflash_gather_rows_{self.access_bytes}x{self.lanes}"
+
+    def unit(self) -> str:
+        return _unit(self, "gather_rows", f"__launch_bounds__({self.threads})", "GatherRows")
+
+
+KernelConfig = (
+    ForwardConfig
+    | BackwardConfig
+    | BiasGradientConfig
+    | CombineConfig
+    | SortTokensConfig
+    | VisibleRangesConfig
+    | GatherRowsConfig
+)
 
 
 def _unit(config: KernelConfig, family: str, bounds: str, record: str) -> str:

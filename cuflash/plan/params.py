@@ -117,3 +117,48 @@ BACKWARD_PARAMS = np.dtype(
     ],
     align=True,
 )
+
+SORT_TOKENS_PARAMS = np.dtype(
+    [
+        ("source", np.uint64),  # keys (batch, tokens, heads)
+        ("keys", np.uint64),  # (batch, heads, tokens), sorted
+        ("order", np.uint64),  # int32 (batch, heads, tokens): of each position its token
+        ("inverse", np.uint64),  # int32 (batch, heads, tokens): of each token its position
+        ("spare_keys", np.uint64),  # workspaces of the same shapes
+        ("spare_order", np.uint64),
+        ("source_strides", np.int64, 3),  # batch, token, head
+        ("num_heads", np.int32),
+        ("tokens", np.int32),
+    ],
+    align=True,
+)
+
+VISIBLE_RANGES_PARAMS = np.dtype(
+    [
+        ("q_keys", np.uint64),  # (batch, num_heads, len_q), sorted
+        ("q_order", np.uint64),
+        ("k_keys", np.uint64),  # (batch, num_kv_heads, len_k), sorted
+        ("k_order", np.uint64),
+        ("begin", np.uint64),  # int32 (batch, num_heads, len_q): sorted keys that the sorted query sees
+        ("end", np.uint64),
+        ("shift", np.int64),  # query token i sees key tokens before i + shift
+        ("group", np.int32),
+        ("len_q", np.int32),
+        ("len_k", np.int32),
+    ],
+    align=True,
+)
+
+GATHER_ROWS_PARAMS = np.dtype(
+    [
+        ("source", np.uint64),  # (batch, any tokens, num_heads, columns)
+        ("target", np.uint64),  # (batch, tokens, num_heads, columns)
+        ("order", np.uint64),  # int32 (batch, num_heads, tokens): rows of source; -1: zeros
+        ("source_strides", np.int64, 3),  # batch, token, head, in accesses
+        ("target_strides", np.int64, 3),
+        ("num_heads", np.int32),
+        ("tokens", np.int32),
+        ("columns", np.int32),  # accesses of a row
+    ],
+    align=True,
+)

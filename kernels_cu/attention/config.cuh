@@ -67,4 +67,24 @@ struct CombineConfig {
     int num_warps;
 };
 
+// Sorting tokens by a key, for sparse attention.
+struct SortTokensConfig {
+    int key_bytes;
+    bool is_signed;
+    bool keep;  // keys are truths: kept tokens first, then dropped ones, which the order names -1
+    int num_warps;
+};
+
+struct VisibleRangesConfig {
+    int key_bytes;
+    int num_warps;
+};
+
+struct GatherRowsConfig {
+    int access_bytes;  // widest access that every row of both arrays is aligned to
+    int lanes;         // threads that share a row
+    int rows;          // of a thread
+    int num_warps;
+};
+
 }  // namespace cuflash

@@ -108,4 +108,40 @@ struct CombineParams {
     i64 rows;  // batch * num_heads * seqlen_q
 };
 
+struct SortTokensParams {
+    const void* source;     // keys (batch, tokens, heads)
+    void* keys;             // (batch, heads, tokens), sorted, in the order of unsigned numbers
+    int* order;             // (batch, heads, tokens): of each position its token; -1 for dropped ones
+    int* inverse;           // (batch, heads, tokens): of each token its position
+    void* spare_keys;       // workspaces of the same shapes; null where one pass suffices
+    int* spare_order;
+    i64 source_strides[3];  // batch, token, head
+    int num_heads;
+    int tokens;
+};
+
+struct VisibleRangesParams {
+    const void* q_keys;  // (batch, num_heads, len_q), sorted
+    const int* q_order;
+    const void* k_keys;  // (batch, num_kv_heads, len_k), sorted
+    const int* k_order;
+    int* begin;  // (batch, num_heads, len_q): sorted keys that the sorted query sees
+    int* end;
+    i64 shift;   // query token i sees key tokens before i + shift
+    int group;   // query heads per key/value head
+    int len_q;
+    int len_k;
+};
+
+struct GatherRowsParams {
+    const void* source;     // (batch, any tokens, num_heads, columns)
+    void* target;           // (batch, tokens, num_heads, columns)
+    const int* order;       // (batch, num_heads, tokens): rows of source; -1: zeros
+    i64 source_strides[3];  // batch, token, head, in accesses
+    i64 target_strides[3];
+    int num_heads;
+    int tokens;
+    int columns;            // accesses of a row
+};
+
 }  // namespace cuflash

@@ -97,6 +97,13 @@ __device__ __forceinline__ bool vote_any(bool predicate) {
     return any != 0;
 }
 
+// Lanes of the warp that hold the same value, as bits.
+__device__ __forceinline__ u32 match_any(u32 value) {
+    u32 lanes;
+    asm volatile("match.any.sync.b32 %0, %1, 0xffffffff;" : "=r"(lanes) : "r"(value));
+    return lanes;
+}
+
 // Value of lane `source`.
 __device__ __forceinline__ float shfl_idx(float x, int source) {
     float y;

@@ -15,13 +15,40 @@ from cuflash.plan.config import (
     BiasGradientConfig,
     CombineConfig,
     ForwardConfig,
+    GatherRowsConfig,
     KernelConfig,
+    SortTokensConfig,
+    VisibleRangesConfig,
 )
 from cuflash.plan.cost import shared_bytes
-from cuflash.plan.params import BACKWARD_PARAMS, COMBINE_PARAMS, FORWARD_PARAMS, NO_BOUND
+from cuflash.plan.params import (
+    BACKWARD_PARAMS,
+    COMBINE_PARAMS,
+    FORWARD_PARAMS,
+    GATHER_ROWS_PARAMS,
+    NO_BOUND,
+    SORT_TOKENS_PARAMS,
+    VISIBLE_RANGES_PARAMS,
+)
 from cuflash.plan.shipped import shipped_configs
 
-RECORDS = {"ForwardParams": FORWARD_PARAMS, "BackwardParams": BACKWARD_PARAMS, "CombineParams": COMBINE_PARAMS}
+RECORDS = {
+    "ForwardParams": FORWARD_PARAMS,
+    "BackwardParams": BACKWARD_PARAMS,
+    "CombineParams": COMBINE_PARAMS,
+    "SortTokensParams": SORT_TOKENS_PARAMS,
+    "VisibleRangesParams": VISIBLE_RANGES_PARAMS,
+    "GatherRowsParams": GATHER_ROWS_PARAMS,
+}
+CONFIGS = (
+    ForwardConfig,
+    BackwardConfig,
+    BiasGradientConfig,
+    CombineConfig,
+    SortTokensConfig,
+    VisibleRangesConfig,
+    GatherRowsConfig,
+)
 MEMBER = re.compile(r"^\s+(?:const )?(\w+)(?: ?(\*))? ?(\*?)(\w+)(?:\[(\w+)\])?;", re.M)
 
 
@@ -54,7 +81,7 @@ def values_of(includes: list[str], expressions: dict[str, str]) -> dict[str, int
     return {names[key]: int(value or 0) for key, value in found}
 
 
-@pytest.mark.parametrize("config", [ForwardConfig, BackwardConfig, BiasGradientConfig, CombineConfig])
+@pytest.mark.parametrize("config", CONFIGS)
 def test_configurations_have_the_same_fields(config):
     kinds = {"Element": "str", "int": "int", "bool": "bool"}
     declared = [(m[4], kinds[m[1]]) for m in members("attention/config.cuh", config.__name__)]

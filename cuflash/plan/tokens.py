@@ -1,0 +1,39 @@
+"""Launches that sort tokens by a key, find which sorted keys a sorted query sees, and move rows into an order."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cuflash.errors import InvalidValueError
+from cuflash.plan.config import GatherRowsConfig, SortTokensConfig, VisibleRangesConfig
+from cuflash.plan.forward import MAX_BLOCKS, Launch
+
+SORT_WARPS = 16
+RANGE_WARPS = 4
+GATHER_WARPS = 4
+GATHER_ROWS = 4  # loads of a thread in flight
+
+
+def plan_sort(dtype: np.dtype, pairs: int) -> Launch:
+    """The sort of the tokens of each of `pairs` (batch, head) by keys of a dtype: whole numbers, or bool for keep."""
+    config = SortTokensConfig(dtype.itemsize, dtype.kind == "i", dtype.kind == "b", SORT_WARPS)
+    return _launch(config, pairs)
+
+
+def plan_ranges(key_bytes: int, pairs: int, len_q: int) -> Launch:
+    """The ranges of keys that `len_q` sorted queries of each (batch, head) see."""
+    config = VisibleRangesConfig(key_bytes, RANGE_WARPS)
+    return _launch(config, pairs * -(-len_q // config.threads))
+
+
+def plan_gather(access_bytes: int, columns: int, pairs: int, tokens: int) -> Launch:
+    """The move of `tokens` rows of each (batch, head), of `columns` accesses each."""
+    lanes = min(32, 1 << (columns - 1).bit_length())
+    config = GatherRowsConfig(access_bytes, lanes, GATHER_ROWS, GATHER_WARPS)
+    return _launch(config, pairs * -(-tokens // (config.threads // lanes * config.rows)))
+
+
+def _launch(config: SortTokensConfig | VisibleRangesConfig | GatherRowsConfig, blocks: int) -> Launch:
+    if blocks > MAX_BLOCKS:
+        raise InvalidValueError(f"batch * num_heads * seqlen takes {blocks} blocks: must be at most {MAX_BLOCKS}")
+    return Launch(config, (blocks, 1, 1), (config.threads, 1, 1), 0)

@@ -1,0 +1,191 @@
+"""Tokens of each (batch, head) in another order: sorting by a key, moving rows, and who then sees whom.
+
+Native arrays in, native arrays out, on a device or, where it is None, on the CPU. Nothing is read back: lengths do not
+depend on what the keys hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cuflash import records
+from cuflash.device import Device, Kernel
+from cuflash.forward import MAX_PREPARED
+from cuflash.layout import Layout, NativeArray, layout
+from cuflash.plan.forward import Launch
+from cuflash.plan.params import GATHER_ROWS_PARAMS, SORT_TOKENS_PARAMS, VISIBLE_RANGES_PARAMS
+from cuflash.plan.tokens import plan_gather, plan_ranges, plan_sort
+
+INT32 = np.dtype(np.int32)
+NOWHERE = 2**31 - 1  # where the range of a dropped query begins and ends
+
+
+class Sorted(NamedTuple):
+    """Tokens sorted by their keys, those of one key in their own order; arrays (batch, heads, tokens)."""
+
+    keys: NativeArray  # on a device in the order of unsigned numbers
+    order: NativeArray  # int32, of each position its token; -1 for dropped ones, which come last
+    inverse: NativeArray  # int32, of each token its position
+
+
+class _Prepared(NamedTuple):
+    """A kernel and its parameters, complete but for the addresses."""
+
+    kernel: Kernel
+    words: np.ndarray
+
+    def launch(self, record: np.dtype, addresses: dict[str, int]) -> None:
+        words, at = self.words.copy(), records.address_words(record)
+        for name, address in addresses.items():
+            words[at[name]] = address
+        self.kernel(words.view(records.as_bytes(record)))
+
+
+def sort(device: Device | None, source: NativeArray) -> Sorted:
+    """Sort by keys (batch, tokens, heads): whole numbers, or truths, of which False drops a token."""
+    batch, tokens, heads = source.shape
+    if device is None:
+        return _sort_on_cpu(source)
+    shape, key_dtype = (batch, heads, tokens), np.dtype(f"u{source.dtype.itemsize}")
+    with device.call() as call:
+        result = Sorted(device.empty(shape, key_dtype), device.empty(shape, INT32), device.empty(shape, INT32))
+        if 0 in shape:
+            return result
+        prepared = _prepared(device, ("sort", array := layout(source)), lambda: _prepare_sort(array))
+        addresses = {"source": call.read(source, "source")}
+        addresses |= {name: call.write(array, name) for name, array in zip(Sorted._fields, result, strict=True)}
+        if key_dtype.itemsize > 1:
+            addresses["spare_keys"] = call.workspace(shape, key_dtype, "spare_keys")
+            addresses["spare_order"] = call.workspace(shape, INT32, "spare_order")
+        prepared.launch(SORT_TOKENS_PARAMS, addresses)
+    return result
+
+
+def _prepare_sort(source: Layout) -> tuple[Launch, np.ndarray]:
+    batch, tokens, heads = source.shape
+    record = np.zeros((), SORT_TOKENS_PARAMS)
+    record["source_strides"] = records.in_elements("hash", source)
+    record["num_heads"], record["tokens"] = heads, tokens
+    return plan_sort(source.dtype, batch * heads), record
+
+
+def _sort_on_cpu(source: np.ndarray) -> Sorted:
+    keep = source.dtype == np.bool_
+    keys = np.swapaxes(~source if keep else source, 1, 2)
+    order = np.argsort(keys, axis=-1, kind="stable").astype(INT32)
+    positions = np.broadcast_to(np.arange(keys.shape[-1], dtype=INT32), keys.shape)
+    inverse = np.empty_like(order)
+    np.put_along_axis(inverse, order, positions, axis=-1)
+    keys = np.take_along_axis(keys, order, axis=-1)
+    return Sorted(keys, np.where(keys, INT32.type(-1), order) if keep else order, inverse)
+
+
+def visible_ranges(device: Device | None, q: Sorted, k: Sorted, shift: int) -> tuple[NativeArray, NativeArray]:
+    """int32 (batch, num_heads, len_q) each: where the sorted keys begin and end that a sorted query sees.
+
+    They are those with its key whose token is less than its own + shift. Both ascend along the queries; dropped queries
+    have NOWHERE twice.
+    """
+    if device is None:
+        return _ranges_on_cpu(q, k, shift)
+    batch, heads, len_q = shape = q.order.shape
+    kv_heads, len_k = k.order.shape[1:]
+    with device.call() as call:
+        begin, end = device.empty(shape, INT32), device.empty(shape, INT32)
+        if 0 in shape:
+            return begin, end
+
+        def prepare() -> tuple[Launch, np.ndarray]:
+            record = np.zeros((), VISIBLE_RANGES_PARAMS)
+            record["shift"], record["group"], record["len_q"], record["len_k"] = shift, heads // kv_heads, len_q, len_k
+            return plan_ranges(q.keys.dtype.itemsize, batch * heads, len_q), record
+
+        asked = ("ranges", q.keys.dtype, shape, kv_heads, len_k, shift)
+        addresses = {
+            "q_keys": call.read(q.keys, "q_keys"),
+            "q_order": call.read(q.order, "q_order"),
+            "k_keys": call.read(k.keys, "k_keys"),
+            "k_order": call.read(k.order, "k_order"),
+            "begin": call.write(begin, "begin"),
+            "end": call.write(end, "end"),
+        }
+        _prepared(device, asked, prepare).launch(VISIBLE_RANGES_PARAMS, addresses)
+    return begin, end
+
+
+def _ranges_on_cpu(q: Sorted, k: Sorted, shift: int) -> tuple[np.ndarray, np.ndarray]:
+    begin, end = np.empty(q.order.shape, INT32), np.empty(q.order.shape, INT32)
+    count = k.order.shape[2] + 1
+    for batch, head in np.ndindex(q.order.shape[:2]):
+        own, kv = (batch, head), (batch, head * k.order.shape[1] // q.order.shape[1])
+        first, last = (np.searchsorted(k.keys[kv], q.keys[own], side) for side in ("left", "right"))
+        # (key, token) as one number: keys that are the same begin at the same position
+        places = np.searchsorted(k.keys[kv], k.keys[kv]).astype(np.int64) * count + k.order[kv]
+        bounds = np.clip(q.order[own].astype(np.int64) + shift, 0, count - 1)
+        dropped = q.order[own] < 0
+        begin[own] = np.where(dropped, NOWHERE, first)
+        end[own] = np.where(dropped, NOWHERE, np.clip(np.searchsorted(places, first * count + bounds), first, last))
+    return begin, end
+
+
+def gather(
+    device: Device | None, source: NativeArray, order: NativeArray, out: NativeArray | None = None
+) -> NativeArray:
+    """out[b, i, h] = source[b, order[b, h, i], h], zeros where the order says -1.
+
+    source and out (batch, tokens, heads, dim) of any element type, order (batch, heads, tokens of out).
+    """
+    if device is None:
+        return _gather_on_cpu(source, order, out)
+    with device.call() as call:
+        if not layout(source).rows_contiguous:
+            source = source.copy(order="C")
+        if out is None:
+            batch, heads, tokens = order.shape
+            out = device.empty((batch, heads, tokens, source.shape[3]), source.dtype).transpose(0, 2, 1, 3)
+        if 0 in out.shape:
+            return out
+        layouts = layout(source), layout(out)
+        prepared = _prepared(device, ("gather", *layouts), lambda: _prepare_gather(*layouts))
+        addresses = {
+            "source": call.read(source, "source"),
+            "target": call.write(out, "target"),
+            "order": call.read(order, "order"),
+        }
+        prepared.launch(GATHER_ROWS_PARAMS, addresses)
+    return out
+
+
+def _prepare_gather(source: Layout, target: Layout) -> tuple[Launch, np.ndarray]:
+    batch, tokens, heads, dim = target.shape
+    access = records.access_bytes(source, target)
+    columns = dim * source.dtype.itemsize // access
+    record = np.zeros((), GATHER_ROWS_PARAMS)
+    for name, array in (("source", source), ("target", target)):
+        strides = zip(array.strides[:3], array.shape, strict=False)
+        record[f"{name}_strides"] = [stride // access if size > 1 else 0 for stride, size in strides]
+    record["num_heads"], record["tokens"], record["columns"] = heads, tokens, columns
+    return plan_gather(access, columns, batch * heads, tokens), record
+
+
+def _gather_on_cpu(source: np.ndarray, order: np.ndarray, out: np.ndarray | None) -> np.ndarray:
+    by_token = np.swapaxes(order, 1, 2)[..., None]
+    rows = np.take_along_axis(source, by_token, axis=1)
+    rows[np.broadcast_to(by_token < 0, rows.shape)] = 0
+    if out is None:
+        return rows
+    out[...] = rows
+    return out
+
+
+def _prepared(device: Device, asked: Hashable, prepare: Callable[[], tuple[Launch, np.ndarray]]) -> _Prepared:
+    prepared: Any = device.prepared.get(asked)
+    if prepared is None:
+        launch, record = prepare()
+        if len(device.prepared) >= MAX_PREPARED:
+            device.prepared.clear()
+        prepared = device.prepared[asked] = _Prepared(device.load(launch), records.as_words(record))
+    return prepared
