@@ -1,7 +1,7 @@
 """cuflash: exact, IO-aware attention for NumPy, CuPy and DLPack arrays, with no deep-learning framework.
 
 Public: `attention`, `attention_varlen`, `merge_states`, `vjp`, `emulate`, `Options`, the errors, and the modules
-`reference`, `io_model` and `emulator`, which load when they are first used.
+`masks`, `reference`, `io_model` and `emulator`, which load when they are first used.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from cuflash.errors import (
     InvalidShapeError,
     InvalidTypeError,
     InvalidValueError,
+    TraceError,
 )
 from cuflash.merge import merge_states
 from cuflash.options import Options
 from cuflash.vjp import vjp
 
 if TYPE_CHECKING:
-    from cuflash import emulator, io_model, reference
+    from cuflash import emulator, io_model, masks, reference
 
 __version__ = "0.1.0"
 
@@ -41,17 +42,19 @@ __all__ = [
     "InvalidTypeError",
     "InvalidValueError",
     "Options",
+    "TraceError",
     "attention",
     "attention_varlen",
     "emulate",
     "emulator",
     "io_model",
+    "masks",
     "merge_states",
     "reference",
     "vjp",
 ]
 
-_MODULES = ("emulator", "io_model", "reference")
+_MODULES = ("emulator", "io_model", "masks", "reference")
 
 
 def __getattr__(name: str) -> Any:

@@ -25,6 +25,10 @@ class InvalidDtypeError(InvalidTypeError):
     """An array has a dtype that the operation or the device cannot take."""
 
 
+class TraceError(CuflashError, TypeError):
+    """A mask's function does what cannot be traced into an expression of the indices."""
+
+
 class DeviceError(CuflashError, RuntimeError):
     """Arrays lie on different devices, or the device or its software is missing."""
 
