@@ -19,7 +19,7 @@ ROOT = Path(cuflash.__file__).parent
 LAYERS = (
     ("errors", "emulator"),
     ("layout", "dlpack", "vjp", "plan.arch", "plan.config", "plan.params", "plan.gpus"),
-    ("problem", "options"),
+    ("problem", "options", "masks"),
     ("plan",),
     ("check", "records", "jit", "cpu"),
     ("io_model", "device", "reference"),

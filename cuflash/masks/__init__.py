@@ -7,8 +7,8 @@ visited. Masks are immutable and combine by `&`, `|` and `~`; made once, a mask 
 
 from cuflash.masks.blocks import BigBird, Blocks, Butterfly, Dense, RandomBlocks
 from cuflash.masks.mask import Mask
-from cuflash.masks.patterns import Causal, Dilated, Documents, GlobalTokens, PrefixLM, SlidingWindow, with_window
-from cuflash.masks.where import where
+from cuflash.masks.patterns import Causal, Dilated, Documents, GlobalTokens, PrefixLM, SlidingWindow
+from cuflash.masks.tracing import where
 
 __all__ = [
     "BigBird",
@@ -24,5 +24,4 @@ __all__ = [
     "RandomBlocks",
     "SlidingWindow",
     "where",
-    "with_window",
 ]

@@ -37,7 +37,7 @@ def as_node(value: Any) -> Node:
     """An expression's node, or that of a plain number or truth."""
     if isinstance(value, Expression):
         return value.node
-    if isinstance(value, np.ndarray | np.generic) and value.ndim == 0:
+    if isinstance(value, np.generic) or getattr(value, "ndim", None) == 0:
         value = value.item()
     if isinstance(value, bool):
         return Node("truth", "truth", value=value)
@@ -182,6 +182,7 @@ _BUILD: dict[str, Callable[..., Node]] = {
     "invert": _invert,
     "choose": _choose,
     "power": _power,
+    "square": lambda _, a: _arithmetic("mul", a, a),
     "positive": lambda _, a: _same_number(a)[0],
 }
 

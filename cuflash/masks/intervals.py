@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from cuflash.masks.tables import Table
+
 Interval = tuple[Any, Any]  # arrays that broadcast; whole numbers may be int64 or Python's (dtype object)
 MAX_RANGED = 2**22  # elements of a table whose blocks are bounded; a larger one is bounded along one axis only
 
@@ -78,26 +80,29 @@ def _quotient(a: Interval, b: Interval) -> Interval:
 
 
 def _filled(x: Any) -> Any:
-    """The least 2^n - 1 that is >= x >= 0."""
+    """The least 2^n - 1 that is >= x >= 0, -1 of a negative number."""
     for shift in (1, 2, 4, 8, 16, 32):
         x = x | (x >> shift)
     return x
 
 
 def _bitwise(function: Callable[[Any, Any], Any]) -> Callable[[Interval, Interval], Interval]:
-    """Exact for single values; else the bits that the operands can have, and for & the smaller one."""
+    """From the bits that are the same in all values of an operand, above the highest bit that is not.
+
+    Bounds of operands that may have either sign follow from the number of bits alone.
+    """
 
     def bounds(a: Interval, b: Interval) -> Interval:
-        single = (a[0] == a[1]) & (b[0] == b[1])
-        exact = function(a[0], b[0])
-        positive = (a[0] >= 0) & (b[0] >= 0)
+        varying = _filled(a[0] ^ a[1]), _filled(b[0] ^ b[1])
+        zeros, ones = [x[0] & ~v for x, v in zip((a, b), varying, strict=True)], [a[0] | varying[0], b[0] | varying[1]]
+        if function is np.bitwise_xor:
+            either = varying[0] | varying[1]
+            low, high = (a[0] ^ b[0]) & ~either, (a[0] ^ b[0]) | either
+        else:
+            low, high = function(*zeros), function(*ones)
         bits = _filled(np.maximum(np.maximum(a[1], ~a[0]), np.maximum(b[1], ~b[0])))
-        low, high = np.where(positive, 0, ~bits), bits
-        if function is np.bitwise_and:
-            high = np.where(positive, np.minimum(a[1], b[1]), bits)
-        elif function is np.bitwise_or:
-            low = np.where(positive, np.maximum(a[0], b[0]), ~bits)
-        return np.where(single, exact, low), np.where(single, exact, high)
+        known = (varying[0] >= 0) & (varying[1] >= 0)
+        return np.where(known, low, ~bits), np.where(known, high, bits)
 
     return bounds
 
@@ -160,35 +165,35 @@ INTERVALS: Mapping[str, Callable[..., Interval]] = {
 }  # fmt: skip
 
 
-def anything(dtype: np.dtype) -> Interval:
-    """What bounds every element of a table of that dtype."""
-    if dtype.kind == "f":
-        return np.float64("nan"), np.float64("nan")
-    if dtype.kind == "u":
-        return np.False_, np.True_
-    return np.int64(np.iinfo(dtype).min), np.int64(np.iinfo(dtype).max)
-
-
-def lookup(table: np.ndarray, indices: Sequence[Interval], ascending: bool = False) -> Interval:
+def lookup(table: Table, indices: Sequence[Interval]) -> Interval:
     """Bounds of table[i0, i1, ...] over intervals of indices, which lie within the table."""
+    array = table.array
     while indices and indices[0][0].size == 1 and indices[0][0].item() == indices[0][1].item():
-        table, indices = table[indices[0][0].item()], indices[1:]
-    if not indices:
-        low = high = table
-    elif ascending:
+        array, indices = array[indices[0][0].item()], indices[1:]
+    varying = [bool((low != high).any()) for low, high in indices]
+    if table.ascending and not any(varying[:-1]) and indices:
         first = tuple(low for low, _ in indices[:-1])
-        if any((low != high).any() for low, high in indices[:-1]):
-            return anything(table.dtype)
-        low, high = table[(*first, indices[-1][0])], table[(*first, indices[-1][1])]
+        bounds = (array[(*first, indices[-1][0])], array[(*first, indices[-1][1])])
+    elif sum(varying) > 1 and array.size > MAX_RANGED:
+        return _anything(table)
+    elif indices:
+        bounds = (_extreme(array, indices, np.minimum), _extreme(array, indices, np.maximum))
     else:
-        varying = sum(bool((low != high).any()) for low, high in indices)
-        if varying > 1 and table.size > MAX_RANGED:
-            return anything(table.dtype)
-        low, high = (_extreme(table, indices, function) for function in (np.minimum, np.maximum))
-    if table.dtype.kind == "u":
-        return np.asarray(low, bool), np.asarray(high, bool)
-    dtype = np.float64 if table.dtype.kind == "f" else np.int64
-    return _reals(np.asarray(low, dtype), np.asarray(high, dtype))
+        bounds = (array, array)
+    if table.kind == "truth":
+        return np.asarray(bounds[0], bool), np.asarray(bounds[1], bool)
+    low, high = (np.asarray(bound, np.int64 if table.kind == "whole" else np.float64) for bound in bounds)
+    return _reals(low, high)
+
+
+def _anything(table: Table) -> Interval:
+    """What bounds every element."""
+    if table.kind == "truth":
+        return np.zeros(1, bool), np.ones(1, bool)
+    if table.kind == "real":
+        return np.full(1, np.nan), np.full(1, np.nan)
+    low, high = table.limits
+    return np.array([low]), np.array([high])
 
 
 def _extreme(table: np.ndarray, indices: Sequence[Interval], function: np.ufunc) -> np.ndarray:

@@ -39,6 +39,8 @@ class Mask:
     True
     """
 
+    __array_ufunc__ = None  # so that `array & mask` is an error of this class
+
     def _visible(self, at: Indices) -> Expression:
         """The truth of one pair, of expressions."""
         raise TypeError(f"{type_name(self)} is abstract: use one of the masks of cuflash.masks")

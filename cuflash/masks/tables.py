@@ -164,6 +164,8 @@ def own_array(name: str, value: Any) -> Any:
 
 def _native(name: str, value: Any) -> Any:
     """A NumPy or a CuPy array."""
+    if isinstance(value, np.ma.MaskedArray | np.matrix):
+        raise InvalidTypeError(f"{name} is a {type_name(value)}: must be a plain array")
     if isinstance(value, np.ndarray):
         return np.asarray(value)
     if type(value).__module__.partition(".")[0] == "cupy":
@@ -173,7 +175,10 @@ def _native(name: str, value: Any) -> Any:
     if value.__dlpack_device__()[0] != dlpack.CPU:
         here = f"{name} is a {type_name(value)} on a GPU"
         raise InvalidTypeError(f"{here}: must be a CuPy array, which cupy.from_dlpack makes of it")
-    return dlpack.as_numpy(value)
+    try:
+        return dlpack.as_numpy(value)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise InvalidTypeError(f"{name} is a {type_name(value)}: must be a concrete array ({error})") from error
 
 
 def _table_dtype(name: str, array: Any) -> np.dtype:
@@ -181,8 +186,8 @@ def _table_dtype(name: str, array: Any) -> np.dtype:
     kind, size = array.dtype.kind, array.dtype.itemsize
     if kind == "b":
         return np.dtype(np.uint8)
-    if kind == "f" and size in (4, 8) and array.dtype.isnative:
-        return array.dtype
+    if kind == "f" and size in (4, 8):
+        return np.dtype(f"f{size}")
     if (kind == "f" and size == 2) or array.dtype == ml_dtypes.bfloat16:
         return np.dtype(np.float32)
     if kind not in "iu":
