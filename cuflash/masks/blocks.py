@@ -10,7 +10,7 @@ import numpy as np
 
 from cuflash.errors import InvalidDtypeError, InvalidShapeError, InvalidTypeError, InvalidValueError
 from cuflash.masks.expression import Expression
-from cuflash.masks.mask import Mask
+from cuflash.masks.mask import Mask, check_whole
 from cuflash.masks.patterns import set_whole
 from cuflash.masks.steps import Indices
 from cuflash.masks.tables import Axis, Table, is_array, own_array
@@ -54,10 +54,10 @@ class Blocks(Mask):
         if isinstance(self.block_size, tuple | list):
             if len(self.block_size) != 2:
                 raise InvalidTypeError(f"block_size = {self.block_size!r}: must be an integer or a pair of integers")
-            pair = tuple(check_block(f"block_size[{i}]", size) for i, size in enumerate(self.block_size))
+            pair = tuple(check_whole(f"block_size[{i}]", size, LEAST_BLOCK) for i, size in enumerate(self.block_size))
             object.__setattr__(self, "block_size", pair)
         else:
-            object.__setattr__(self, "block_size", check_block("block_size", self.block_size))
+            set_whole(self, "block_size", LEAST_BLOCK)
 
     def _visible(self, at: Indices) -> Expression:
         size = self.block_size
@@ -151,7 +151,7 @@ class Butterfly(Mask):
     block_size: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "block_size", check_block("block_size", self.block_size))
+        set_whole(self, "block_size", LEAST_BLOCK)
 
     def _visible(self, at: Indices) -> Expression:
         differing = at.q // self.block_size ^ at.k // self.block_size
@@ -192,7 +192,7 @@ class RandomBlocks(Mask):
     def __post_init__(self) -> None:
         for name in ("seqlen_q", "seqlen_k"):
             set_whole(self, name, 1)
-        object.__setattr__(self, "block_size", check_block("block_size", self.block_size))
+        set_whole(self, "block_size", LEAST_BLOCK)
         set_whole(self, "seed", 0)
         if (self.blocks_per_row is None) == (self.share is None):
             given = f"blocks_per_row = {self.blocks_per_row!r}, share = {self.share!r}"
@@ -251,7 +251,7 @@ class BigBird(Mask):
 
     def __post_init__(self) -> None:
         set_whole(self, "seqlen", 1)
-        object.__setattr__(self, "block_size", check_block("block_size", self.block_size))
+        set_whole(self, "block_size", LEAST_BLOCK)
         for name in ("window_blocks", "global_blocks", "random_blocks", "seed"):
             set_whole(self, name, 0)
         if self.window_blocks % 2 == 0:
@@ -263,12 +263,3 @@ class BigBird(Mask):
         everywhere = np.minimum(i, j) < self.global_blocks
         drawn = RandomBlocks(self.seqlen, self.seqlen, self.block_size, self.random_blocks, seed=self.seed)
         return window | everywhere | drawn._visible(at)
-
-
-def check_block(name: str, value: Any) -> int:
-    """The size of a block as a Python int."""
-    if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
-        raise InvalidTypeError(f"{name} = {value!r}: must be an integer >= {LEAST_BLOCK}")
-    if value < LEAST_BLOCK:
-        raise InvalidValueError(f"{name} = {value}: must be >= {LEAST_BLOCK}")
-    return int(value)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cuflash.errors import InvalidTypeError, InvalidValueError, type_name
+from cuflash.masks import picture
 from cuflash.masks.expression import Expression, Node, logical, negation
 from cuflash.masks.program import Program
 from cuflash.masks.steps import VARIABLES, Indices, Lengths, Place
@@ -146,6 +147,35 @@ class Mask:
         pairs = len(places) * lengths.seqlen_q * lengths.seqlen_k
         return sum(self.program.visible_pairs(place) for place in places) / pairs if pairs else 0.0
 
+    def plot(
+        self, seqlen_q: int, seqlen_k: int | None = None, *, batch: int = 0, head: int = 0, ax: Any = None
+    ) -> Any:
+        """Draw the visible pairs; of long sequences which tiles are empty, partial and full.
+
+        Parameters
+        ----------
+        seqlen_q, seqlen_k : int
+            Numbers of queries and keys; as many keys as queries by default.
+        batch, head : int
+            Which entry of the batch and which head.
+        ax : matplotlib.axes.Axes, optional
+            Where to draw; by default in a new figure.
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+
+        Raises
+        ------
+        InvalidShapeError, InvalidValueError
+            The mask does not fit these lengths.
+        ImportError
+            matplotlib is not installed.
+        """
+        check_whole("batch", batch)
+        check_whole("head", head)
+        return picture.draw(self, _lengths(seqlen_q, seqlen_k, 1, 1), batch, head, ax)
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _Pair(Mask):
@@ -197,6 +227,14 @@ def summary(value: Any) -> str:
 def _lengths(seqlen_q: int, seqlen_k: int | None, batch: int, num_heads: int) -> Lengths:
     lengths = Lengths(batch, num_heads, num_heads, seqlen_q, seqlen_q if seqlen_k is None else seqlen_k)
     for name, value in zip(lengths._fields[:5], lengths[:5], strict=True):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
-            raise InvalidValueError(f"{name} = {value!r}: must be an integer >= 0")
+        check_whole(name, value)
     return lengths
+
+
+def check_whole(name: str, value: object, least: int = 0, alternative: str = "") -> int:
+    """The value as a Python int; `alternative` is what an error says that it may be instead."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
+        raise InvalidTypeError(f"{name} = {value!r}: must be an integer >= {least}{alternative}")
+    if not least <= value < 2**62:
+        raise InvalidValueError(f"{name} = {value}: must be >= {least}{alternative}")
+    return int(value)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from operator import index
 from typing import Any
 
 import numpy as np
 
 from cuflash.errors import InvalidDtypeError, InvalidShapeError, InvalidTypeError, InvalidValueError
 from cuflash.masks.expression import Expression, as_node
-from cuflash.masks.mask import Mask, summary
+from cuflash.masks.mask import Mask, check_whole, summary
 from cuflash.masks.steps import Indices
 from cuflash.masks.tables import Axis, Table, is_array, own_array
 
@@ -269,14 +268,5 @@ class GlobalTokens(Mask):
 
 
 def set_whole(mask: Mask, name: str, least: int, alternative: str = "") -> None:
-    """Check a field and make it a Python int."""
-    value = getattr(mask, name)
-    try:
-        number = index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool | np.bool_):
-        raise InvalidTypeError(f"{name} = {value!r}: must be an integer >= {least}{alternative}")
-    if not least <= number < 2**62:
-        raise InvalidValueError(f"{name} = {number}: must be >= {least}{alternative}")
-    object.__setattr__(mask, name, number)
+    """Check a field of a mask and make it a Python int."""
+    object.__setattr__(mask, name, check_whole(name, getattr(mask, name), least, alternative))
