@@ -1,15 +1,15 @@
 """Writes docs/resources.md: registers, shared memory and spills of every shipped kernel on every architecture.
 
-    python docs/make_resources.py
+    python docs/make_resources.py [--missing]
 
-Compiles what the cache lacks, one process per core: minutes the first time. Exits with 1 where a kernel spills beyond
-its budget.
+Compiles what the cache lacks, one process per core: minutes the first time. With --missing only kernels that the
+document lacks: for when the plan has changed and the kernels have not. Exits with 1 where a kernel spills.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from rich.progress import track
@@ -24,12 +24,8 @@ from cuflash.plan.shipped import shipped_configs
 
 TARGET = Path(__file__).with_name("resources.md")
 
-# Bytes a thread, by family and architecture: tilings that were measured to be the fastest although they spill, beside
-# hundreds of products a tile (docs/kernel-forward.md, docs/kernel-backward.md).
-SPILL_BUDGETS = {("forward", "sm_90"): 8, ("backward", "sm_90"): 256}
-
 Row = tuple[str, ...]  # the cells that do not need a compiler
-Measured = dict[Row, dict[str, Resources]]  # by architecture
+Place = tuple[str, Row, str]  # of a cell: family, row, architecture
 
 HEADS: dict[str, Row] = {  # by family of kernels
     "forward": ("head_dim", "features", "tile", "warps", "stages", "Q in registers", "shared KiB"),
@@ -43,10 +39,9 @@ HEADS: dict[str, Row] = {  # by family of kernels
 TEXT = """\
 # What the kernels use
 
-Written by `python docs/make_resources.py`; a test fails when a shipped kernel is missing here, or spills beyond its
-budget: {budgets} bytes a thread, where such tilings were measured to be the fastest, none elsewhere.
+Written by `python docs/make_resources.py`; a test fails when a shipped kernel is missing here, or spills a single byte.
 
-Every configuration that the plan chooses for the common problems (`cuflash.plan.shipped`), compiled by
+Every configuration that the plan chooses for the common problems in 16 bits (`cuflash.plan.shipped`), compiled by
 NVRTC {version}: {count} kernels, {spills} of them spilling.
 
 The numbers under the architectures are registers of a thread, the larger of float16 and bfloat16; a dash says that the
@@ -83,6 +78,8 @@ def row(config: KernelConfig) -> Row:
     if isinstance(config, CombineConfig):
         states = "float32" if config.state_dtype == "float32" else "as the output"
         return str(config.head_dim_v), states, str(config.num_warps)
+    if not isinstance(config, ForwardConfig | BackwardConfig | BiasGradientConfig):
+        raise TypeError(f"config = {config}: must be of a family of HEADS")
     first, warps = (str(config.head_dim), features(config)), str(config.num_warps)
     tile, shared = f"{config.block_m} x {config.block_n}", f"{shared_bytes(config) / 1024:.1f}"
     if isinstance(config, ForwardConfig):
@@ -119,18 +116,18 @@ def jobs() -> list[tuple[KernelConfig, str]]:
     return [(config, arch) for arch in ARCHS for config in shipped_configs(arch)]
 
 
-def document(done: list[tuple[KernelConfig, str, Resources]]) -> str:
-    """The text of resources.md."""
-    tables: dict[str, Measured] = {family: {} for family in HEADS}
-    for config, arch, used in done:
-        by_arch = tables[config.family].setdefault(row(config), {})
-        by_arch[arch] = max(by_arch.get(arch, used), used, key=lambda cell: (spills(cell), cell.registers))
+def place(config: KernelConfig, arch: str) -> Place:
+    return config.family, row(config), arch
+
+
+def document(cells: dict[Place, str]) -> str:
+    """The text of resources.md, of the cells of all jobs."""
+    todo = jobs()
     return TEXT.format(
         version=compiler_version(),
-        count=len(done),
-        spills=sum(spills(used) > 0 for _, _, used in done) or "none",
-        budgets=", ".join(f"{family} on {arch} {most}" for (family, arch), most in SPILL_BUDGETS.items()),
-        **{family: table(head, tables[family]) for family, head in HEADS.items()},
+        count=len(todo),
+        spills=sum("spills" in cells[place(config, arch)] for config, arch in todo) or "none",
+        **{family: table(family, cells) for family in HEADS},
     )
 
 
@@ -139,39 +136,48 @@ def spills(used: Resources) -> int:
     return used.stack
 
 
-def spill_budget(config: KernelConfig, arch: str) -> int:
-    return SPILL_BUDGETS.get((config.family, arch), 0)
-
-
-def table(head: Row, measured: Measured) -> str:
+def table(family: str, cells: dict[Place, str]) -> str:
+    head = HEADS[family]
     lines = [(*head, *ARCHS), tuple("---" for _ in (*head, *ARCHS))]
-    for cells, by_arch in sorted(measured.items(), key=lambda item: (int(item[0][0]), item[0])):
-        lines.append((*cells, *(cell(by_arch.get(arch)) for arch in ARCHS)))
+    rows = {row for in_family, row, _ in cells if in_family == family}
+    for row in sorted(rows, key=lambda row: (int(row[0]), row)):
+        lines.append((*row, *(cells.get((family, row, arch), "–") for arch in ARCHS)))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def cell(used: Resources | None) -> str:
-    if used is None:
-        return "–"
+def cell(used: Resources) -> str:
     return f"{used.registers}, spills {spills(used)} bytes" if spills(used) else str(used.registers)
 
 
-def rows_in(text: str) -> Iterator[Row]:
-    """The rows of the tables in a document, without the architectures' cells."""
+def cells_in(text: str) -> dict[Place, str]:
+    """What `document` made a text of."""
+    cells: dict[Place, str] = {}
+    families = {head: family for family, head in HEADS.items()}
     for line in text.splitlines():
-        cells = tuple(line.strip("| ").split(" | "))
-        if line.startswith("|") and cells[0].isdigit():
-            yield cells[: -len(ARCHS)]
+        values = tuple(line.strip("| ").split(" | "))
+        first, last = values[: -len(ARCHS)], values[-len(ARCHS) :]
+        if first in families:
+            family = families[first]
+        elif line.startswith("|") and first[0].isdigit():
+            cells |= {(family, first, arch): value for arch, value in zip(ARCHS, last, strict=True) if value != "–"}
+    return cells
 
 
 def main() -> int:
-    todo = jobs()
-    order = {job: index for index, job in enumerate(todo)}
-    done = list(track(compile_all(todo), "compiling", total=len(todo)))
-    done.sort(key=lambda item: order[item[0], item[1]])
-    TARGET.write_text(document(done), encoding="utf-8")
-    spilling = [f"{arch} {config}: {used}" for config, arch, used in done if spills(used) > spill_budget(config, arch)]
-    print("\n".join(spilling) or f"{len(done)} kernels, none beyond its budget, in {TARGET}")
+    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parse.add_argument("--missing", action="store_true")
+    known = cells_in(TARGET.read_text(encoding="utf-8")) if parse.parse_args().missing else {}
+    wanted = {place(config, arch) for config, arch in jobs()}
+    todo = [(config, arch) for config, arch in jobs() if place(config, arch) not in known]
+    worst: dict[Place, Resources] = {}  # of the dtypes
+    for config, arch, used in track(compile_all(todo), "compiling", total=len(todo)):
+        at = place(config, arch)
+        worst[at] = max(worst.get(at, used), used, key=lambda used: (spills(used), used.registers))
+    cells = known | {at: cell(used) for at, used in worst.items()}
+    cells = {at: text for at, text in cells.items() if at in wanted}
+    TARGET.write_text(document(cells), encoding="utf-8")
+    spilling = [f"{at}: {text}" for at, text in cells.items() if "spills" in text]
+    print("\n".join(spilling) or f"{len(todo)} kernels compiled, none of all spills, in {TARGET}")
     return 1 if spilling else 0
 
 

@@ -29,9 +29,6 @@ BLOCK_FACTS = 96  # bytes in shared memory that say what the block computes
 TILE_OPS = 200  # instructions of a warp per tile, whatever its size
 OPS_PER_PAIR = 8  # of P and dS: fma, difference, product, conversions, their share of the stores
 TILE_LATENCY = 1500  # of one visit from barrier to barrier, for a block that runs alone
-# Estimates taken for fitting, where measured: 64 queries by 128 keys in 4 warps at head dimension 64 spill up to
-# 250 bytes on an H200 and are still the fastest (docs/kernel-backward.md).
-ADMITTED_ESTIMATES = {"sm_90": 318}
 REST_REGISTERS = 62  # of a thread beside its tiles
 SPLIT_REGISTERS = 5  # more for split operands, times the square of 16-query blocks: the assembler loads them early
 # What products cost, in multiples of those of 16 bits.
@@ -117,18 +114,14 @@ def registers(config: BackwardConfig, arch: Arch) -> int:
     words = sum_bytes(config) // 4
     split = SPLIT_REGISTERS * own.keys * own.queries**2 if config.dtype == "float32" else 0
     rest = REST_REGISTERS + split + COMPILER_REGISTERS.get(arch.name, 0) + max(0, own.queries - 4) + 2 * config.varlen
-    if config.num_stages == 1 and config.windowed:
+    if config.num_stages == 1 and (config.windowed or (own.exchange and own.queries > 1)):
         rest += 2
     return words * (sums + max(scores, dq)) + rest
 
 
 def fits(config: BackwardConfig, arch: Arch) -> bool:
     """Whether a block has the shared memory and its threads the registers that it needs."""
-    most = MAX_REGISTERS
-    narrow = config.block_d <= 64 and config.block_dv <= 64 and config.key_warps == config.num_warps
-    if narrow and ELEMENT_BYTES[config.dtype] == 2:
-        most = ADMITTED_ESTIMATES.get(arch.name, most)
-    return shared_bytes(config) <= arch.shared_per_block and registers(config, arch) <= most
+    return shared_bytes(config) <= arch.shared_per_block and registers(config, arch) <= MAX_REGISTERS
 
 
 def blocks_per_sm(config: BackwardConfig, arch: Arch, register_count: int | None = None) -> int:

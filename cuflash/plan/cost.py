@@ -12,10 +12,10 @@ from cuflash.plan.arch import Arch
 from cuflash.plan.config import ELEMENT_BYTES, ForwardConfig, KernelConfig, round_up
 
 MAX_REGISTERS = 255  # of a thread
-# Estimates that are taken for fitting, where measured: up to this one tiles on an H200 lose nothing to their spills.
-ADMITTED_ESTIMATES = {"sm_90": 260}
 COMPILER_REGISTERS = {"sm_100": 14}  # that the assembler was seen to need beyond the estimate, and
 SPLIT_COMPILER_REGISTERS = {"sm_100": 40, "sm_120": 60}  # for float32, with two row blocks a warp
+SPARED_REGISTERS = {"sm_90": 5}  # that it was seen to do without, for 16 bits, where a thread holds at most
+FEW_OUTPUTS = 96  # registers of O
 REGISTERS_PER_SM = 65536
 RESERVED_SHARED = 1024  # bytes of shared memory that the driver takes per block
 MAX_BLOCKS_PER_SM = 32
@@ -90,12 +90,15 @@ def registers(config: ForwardConfig) -> int:
 
 
 def fits_registers(config: ForwardConfig, arch: Arch) -> bool:
-    """Whether the kernel is expected to fit into a thread's registers, or to lose nothing where it does not quite."""
+    """Whether the kernel is expected to fit into a thread's registers."""
     if config.dtype == "float32":
         beyond = SPLIT_COMPILER_REGISTERS.get(arch.name, 0) if config.block_m > 16 * config.num_warps else 0
         return registers(config) + beyond <= MAX_REGISTERS
     beyond = COMPILER_REGISTERS.get(arch.name, 0) if config.dtype != "float64" else 0
-    return registers(config) + beyond <= ADMITTED_ESTIMATES.get(arch.name, MAX_REGISTERS)
+    outputs = config.block_m * config.block_dv // (32 * config.num_warps)
+    if ELEMENT_BYTES[config.dtype] == 2 and outputs <= FEW_OUTPUTS:
+        beyond -= SPARED_REGISTERS.get(arch.name, 0)
+    return registers(config) + beyond <= MAX_REGISTERS
 
 
 def _split_registers(config: ForwardConfig, rows: int) -> int:

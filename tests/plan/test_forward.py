@@ -9,7 +9,7 @@ from cuflash.errors import ConfigError, InvalidValueError
 from cuflash.options import Options
 from cuflash.plan.arch import ARCHS, Arch, arch_named
 from cuflash.plan.config import ELEMENT_BYTES, MAX_SPLITS, ForwardConfig
-from cuflash.plan.cost import ADMITTED_ESTIMATES, MAX_REGISTERS, blocks_per_sm, registers, shared_bytes
+from cuflash.plan.cost import blocks_per_sm, fits_registers, shared_bytes
 from cuflash.plan.forward import FEW_ROWS, max_head_dim, plan_combine, plan_forward, q_tiles
 from cuflash.plan.shipped import shipped_configs
 from cuflash.problem import Problem
@@ -41,7 +41,7 @@ def test_every_head_dim_fits_every_architecture(arch, head_dim, head_dim_v, seql
         launch = plan(wide, ARCHS[arch], asked, load_bytes=access, store_bytes=access).forward
         assert launch.config.dtype == dtype
         assert launch.shared_bytes == shared_bytes(launch.config) <= ARCHS[arch].shared_per_block
-        assert registers(launch.config) <= ADMITTED_ESTIMATES.get(arch, MAX_REGISTERS)
+        assert fits_registers(launch.config, ARCHS[arch])
         assert blocks_per_sm(launch.config, ARCHS[arch]) >= 1
 
 
@@ -73,16 +73,17 @@ def test_what_the_kernel_is_compiled_for_follows_the_problem(change):
     assert config.head_dim_v == change.get("head_dim_v", 128)
 
 
-FASTEST_ON_H200 = {64: (128, 128, 4, 2, False), 128: (128, 64, 4, 2, False), 256: (128, 128, 8, 1, False)}
+# At 64 the fastest of all. At 128 and 256 those are (128, 64, 4, 2, False) and (128, 128, 8, 1, False), which spill.
+CHOSEN_ON_H200 = {64: (128, 128, 4, 2, False), 128: (128, 48, 4, 2, False), 256: (128, 96, 8, 1, False)}
 
 
 @pytest.mark.parametrize("right", [None, 0])
-@pytest.mark.parametrize("head_dim", FASTEST_ON_H200)
-def test_the_tilings_that_were_measured_fastest_are_chosen(head_dim, right):
+@pytest.mark.parametrize("head_dim", CHOSEN_ON_H200)
+def test_tilings_that_were_measured_to_be_fast_and_do_not_spill_are_chosen(head_dim, right):
     problem = replace(LONG, head_dim=head_dim, head_dim_v=head_dim, right=right)
     config = plan(problem, arch_named("sm_90")).forward.config
     tiling = (config.block_m, config.block_n, config.num_warps, config.num_stages, config.q_in_registers)
-    assert tiling == FASTEST_ON_H200[head_dim]
+    assert tiling == CHOSEN_ON_H200[head_dim]
 
 
 def test_a_full_device_is_not_split_and_an_empty_one_is():
