@@ -152,7 +152,7 @@ class Lanes(WarpOperations):
         first = int(np.flatnonzero(spread.reshape(-1))[0])
         position = int(np.flatnonzero(np.reshape(bad, -1))[0])
         block, thread = self.coordinates(first)
-        return kind(message(position), self.machine.sites[site], block, thread, int(np.count_nonzero(spread)))
+        return kind(message(position), self.machine.site(site), block, thread, int(np.count_nonzero(spread)))
 
     def coordinates(self, position: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """Block and thread coordinates of a position in the flattened selection."""

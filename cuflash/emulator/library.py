@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cuflash.emulator.flow import build
 from cuflash.emulator.ir import Args, Function, Imm, Mem, Operand, Sym, Variable, Vec
@@ -18,8 +18,8 @@ KEPT = 256
 class Entry:
     """A kernel ready to run.
 
-    static_shared : bytes of declared shared memory; dynamic_start : where extern shared memory begins; local_size :
-        bytes per thread
+    function : without its body; static_shared : bytes of declared shared memory; dynamic_start : where extern shared
+        memory begins; local_size : bytes per thread
     """
 
     function: Function
@@ -71,7 +71,8 @@ def _translate(ptx: str) -> Library:
         params, _ = _layout(function.params)
         inner = {v.name: v for v in flow.function.variables.values() if v.space in ("global", "const")}
         translation = translate(flow, places | local | params, outside.keys() | inner.keys())
-        entries[function.name] = Entry(function, translation, size, dynamic_start, local_size)
+        head = replace(function, body=[], registers={}, variables={}, tables={})
+        entries[function.name] = Entry(head, translation, size, dynamic_start, local_size)
         used |= translation.globals_used
         outside |= inner
     variables, queue = {}, sorted(used)

@@ -61,7 +61,7 @@ class Machine:
         self.grid, self.block = launch.grid, launch.block
         threads = self.block[0] * self.block[1] * self.block[2]
         self.warps = -(-threads // 32)
-        self.translation, self.sites = launch.translation, launch.translation.sites
+        self.translation = launch.translation
         self.memory, self.writers, self.counters, self.parameters = (
             launch.memory,
             launch.writers,
@@ -96,6 +96,10 @@ class Machine:
         self.watch = Watch(self)
         self.random = None if launch.warp_order is None else np.random.default_rng((launch.warp_order, first))
         self.priority = np.zeros((count, self.warps))
+
+    def site(self, number: int) -> Site:
+        """Where the instruction stands that translated code calls by this number."""
+        return Site(*self.translation.sites[number])
 
     # --- coordinates
 
@@ -313,12 +317,12 @@ class Machine:
 
     def _diverged(self, warps: np.ndarray, here: np.ndarray, target: int, why: str) -> EmulatorFault:
         slot, warp = (int(x[0]) for x in np.nonzero(warps))
-        block = self.translation.codes[target].block
-        item = block.body[0] if block.body else block.end.instruction
+        trace = self.translation.codes[target].trace
+        opcode, site = trace[0] if trace else ("the instruction", None)
         lane = int(np.flatnonzero(here[slot, warp])[0])
         return BarrierDivergence(
-            f"{item.opcode if item else 'the instruction'} {why}",
-            item.site if item else None,
+            f"{opcode} {why}",
+            Site(*site) if site else None,
             self.block_coordinates(slot),
             self.thread_coordinates(32 * warp + lane),
             int(here[warps].sum()),

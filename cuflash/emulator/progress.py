@@ -83,11 +83,11 @@ class Watch:
         """The fault names the lines that repeat, first of all one that asks memory."""
         machine = self.machine
         codes = [machine.translation.codes[k] for k in sorted(self.ran)]
-        items = [item for code in codes for item in (*code.block.body, code.block.end.instruction) if item is not None]
-        sites = [item.site for item in items if item.opcode in WAITING] or [item.site for item in items]
+        items = [(opcode, Site(*site)) for code in codes for opcode, site in code.trace]
+        sites = [site for opcode, site in items if opcode in WAITING] or [site for _, site in items]
         live = np.asarray(machine.places() < EXIT)
         slot, warp, lane = (int(x[0]) for x in np.nonzero(live))
-        lines = list(dict.fromkeys(_line(item.site) for item in items))
+        lines = list(dict.fromkeys(_line(site) for _, site in items))
         shown = ", ".join(lines[:8]) + (", ..." if len(lines) > 8 else "")
         return Deadlock(
             f"threads repeat the same instructions for ever ({why}); in turn: {shown}",

@@ -311,7 +311,7 @@ class History:
         thread = lanes.machine.thread_coordinates(int(other.reshape(-1)[first]) & THREAD_MASK)
         at = ""
         if where is not None:
-            at = f",\n    which is at {lanes.machine.sites[int(np.broadcast_to(where, bad.shape).reshape(-1)[first])]}"
+            at = f",\n    which is at {lanes.machine.site(int(np.broadcast_to(where, bad.shape).reshape(-1)[first]))}"
         flat = np.broadcast_to(offsets, bad.shape[:-1] if wide else bad.shape).reshape(-1)
         return lanes.fault(
             Race,

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from cuflash.emulator import conversions, dtypes, floats, generic, integers, matrices
-from cuflash.emulator.faults import InvalidPtx, Site, UnsupportedInstruction
+from cuflash.emulator.faults import InvalidPtx, UnsupportedInstruction
 from cuflash.emulator.flow import Block, Flow
 from cuflash.emulator.instructions import TABLE, Modifiers
 from cuflash.emulator.ir import Imm, Instruction, Mem, Operand, Reg, Sym, Vec, bits
@@ -65,6 +65,8 @@ class Code:
     source, scope : the text of the function and the names it uses
     ins, outs : indices of the registers that the function takes and returns
     exposed : incoming registers that an outgoing one may alias
+    trace : opcode and Site of every instruction, in plain tuples: the garbage collector need not follow those
+    block : without its instructions
     counts : instruction classes to numbers of instructions in the block
     """
 
@@ -73,6 +75,7 @@ class Code:
     ins: tuple[int, ...]
     outs: tuple[int, ...]
     exposed: tuple[int, ...]
+    trace: tuple[tuple[str, tuple], ...]
     block: Block
     counts: dict[str, int]
     compiled: Callable[..., tuple] | None = None
@@ -89,12 +92,12 @@ class Code:
 @dataclass(slots=True)
 class Translation:
     """A translated kernel: its blocks, the kind of every register that crosses a block boundary, and the sites of
-    instructions."""
+    instructions as plain tuples."""
 
     codes: list[Code]
     kinds: list[str]
     names: dict[str, int]
-    sites: list[Site]
+    sites: list[tuple]
     shared_granule: int
     global_granule: int
     globals_used: frozenset[str]
@@ -120,7 +123,9 @@ def translate(flow: Flow, symbols: dict[str, int], outside: Set[str]) -> Transla
         source = builder.build(block, ins, outs)
         exposed = tuple(number[name] for name in ins if name in builder.exposed)
         places = tuple(number[name] for name in ins), tuple(number[name] for name in outs)
-        codes.append(Code(source, shelf.scope, *places, exposed, block, builder.counts))
+        trace = tuple((x.opcode, tuple(x.site)) for x in (*block.body, block.end.instruction) if x is not None)
+        bare = replace(block, body=[])
+        codes.append(Code(source, shelf.scope, *places, exposed, trace, bare, builder.counts))
     kinds = [_storage(flow, name) for name in crossing]
     shared, outer = (min((w for space, w in shelf.widths if space in names), default=16) for names in SHARING)
     return Translation(codes, kinds, number, shelf.sites, shared, outer, frozenset(shelf.globals_used))
@@ -142,7 +147,7 @@ class Shelf:
     symbols: dict[str, int]
     outside: Set[str]
     scope: dict[str, object] = field(default_factory=lambda: dict(VOCABULARY))
-    sites: list[Site] = field(default_factory=list)
+    sites: list[tuple] = field(default_factory=list)
     widths: set[tuple[str, int]] = field(default_factory=set)
     globals_used: set[str] = field(default_factory=set)
 
@@ -232,7 +237,7 @@ class BlockBuilder:
         """Number of the present instruction, to be named by faults."""
         if self.current is None:
             raise InvalidPtx("no instruction is being translated")
-        self.sites.append(self.current.site)
+        self.sites.append(tuple(self.current.site))
         return len(self.sites) - 1
 
     def count_class(self, name: str) -> None:

@@ -98,7 +98,7 @@ class GlobalWriters:
         first = int(other.reshape(-1)[position])
         block = machine.grid_coordinates((first >> 34) - 1)
         thread = machine.thread_coordinates(first & THREAD_MASK)
-        at = machine.sites[int(self.site[pieces.reshape(-1)[position]])]
+        at = machine.site(int(self.site[pieces.reshape(-1)[position]]))
         shaped = np.any(bad, -1) if bad.ndim > 1 else bad
         every = mask if mask is not None else np.ones(lanes.shape, bool)
         return lanes.fault(
