@@ -20,9 +20,13 @@ def sum_dtype(problem: Problem) -> type:
 
 
 def keys_of_a_tile(rows: int, dim: int) -> int:
-    """Keys of a tile whose products with `rows` queries of up to `dim` columns stay on the calling thread."""
-    most = min(MAX_MATVEC, MAX_PRODUCT // max(1, dim)) // rows
-    return max(8, min(MAX_KEYS, most) // 8 * 8)
+    """Keys of a tile whose products with `rows` queries of up to `dim` columns stay on the calling thread.
+
+    A multiple of two AVX-512 registers where that costs few keys: BLAS's kernels have no tail then.
+    """
+    most = min(MAX_KEYS, MAX_MATVEC // rows, MAX_PRODUCT // max(1, dim) // rows)
+    unit = 32 if most >= 96 else 8
+    return max(8, most // unit * unit)
 
 
 def groups_that_see(n: int, groups: int, rows: int, low: int | None, high: int | None) -> tuple[int, int]:
