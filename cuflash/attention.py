@@ -57,8 +57,8 @@ def attention(
         Query i sees keys i + seqlen_k - seqlen_q - left to i + seqlen_k - seqlen_q + right, ends included. None on a
         side is no bound; with `causal`, right is 0.
     mask : cuflash.masks.Mask, optional
-        Which keys a query sees, of those that `causal` and `window` show it. Tiles that it hides are not visited; lists of
-        the others are kept with the mask, so make it once and use it in every call and layer.
+        Which keys a query sees, of those that `causal` and `window` show it. Tiles that it hides are not visited;
+        lists of the others are kept with the mask, so make it once and use it in every call and layer.
     bias : array, optional
         Added to the scores, in natural-log units; broadcasts to (batch, num_heads, seqlen_q, seqlen_k), less the axes
         that q lacks. Its strides are used in place, zeros included. float16, bfloat16, float32 or float64, whatever q
@@ -150,8 +150,8 @@ def attention_varlen(
         At least the longest sequence. By default that of offsets on the host, and total_q or total_k for offsets on
         the GPU; there a bias with an axis along the sequence needs it, and longer sequences are cut to it.
     causal, window, mask, scale, softcap, options
-        As for `attention`, sequence by sequence: q and k of a mask count from the sequence's first token, its batch is the
-        number of the sequence.
+        As for `attention`, sequence by sequence: q and k of a mask count from the sequence's first token, its batch is
+        the number of the sequence.
     bias : array, optional
         Broadcasts to (batch, num_heads, seqlen_q, seqlen_k), its last two axes 1 or at least max_seqlen_q and
         max_seqlen_k long; sequence b uses bias[b, :, :length_q, :length_k].

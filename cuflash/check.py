@@ -13,8 +13,7 @@ import numpy as np
 
 from cuflash.errors import InvalidDtypeError, InvalidShapeError, InvalidTypeError, InvalidValueError, type_name
 from cuflash.layout import Layout
-from cuflash.masks import Mask
-from cuflash.masks.mask import with_window
+from cuflash.masks import Mask, with_window
 from cuflash.masks.program import Program
 from cuflash.options import Options
 from cuflash.plan.arch import Arch

@@ -1,8 +1,8 @@
 """Lists of the tiles that a mask shows, made on the device that reads them.
 
-Of a dense problem they depend on the mask and the lengths alone: the first call that wants them makes them, and they are
-kept with the mask for all later ones on the same stream. Of a packed problem, whose lengths only the device knows, every
-call makes them, and so does every call that is captured in a graph.
+Of a dense problem they depend on the mask and the lengths alone: the first call that wants them makes them, and they
+are kept with the mask for all later ones on the same stream. Of a packed problem, whose lengths only the device knows,
+every call makes them, and so does every call that is captured in a graph.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 
 from cuflash import records
 from cuflash.device import Call, Device, Kernel, check_placed
-from cuflash.masks.program import Program
-from cuflash.plan.params import MAX_TABLES, TILE_LIST_PARAMS
+from cuflash.masks.program import MAX_TABLES, Program
+from cuflash.plan.params import TILE_LIST_PARAMS
 from cuflash.plan.tile_lists import TileListPlan
 from cuflash.problem import Problem
 

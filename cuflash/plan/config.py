@@ -408,7 +408,7 @@ KernelConfig = (
 
 
 def _unit(config: KernelConfig, family: str, bounds: str, record: str) -> str:
-    """`constexpr {record}Config kConfig{.a = 1, ...}`, the mask, and an extern "C" entry that calls the kernel's body."""
+    """`constexpr {record}Config kConfig{.a = 1, ...}`, the mask, and an extern "C" entry that calls the kernel."""
     values = {f.name: getattr(config, f.name) for f in fields(config)}
     mask = values.get("mask", "")
     body = "\n".join(f"    .{name} = {_literal(bool(mask) if name == 'mask' else values[name])}," for name in values)

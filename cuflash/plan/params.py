@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from cuflash.masks.program import MAX_REALS, MAX_TABLES, MAX_WHOLES
 from cuflash.plan.config import MAX_SPLITS
-
-MAX_TABLES, MAX_WHOLES, MAX_REALS = 8, 16, 8  # of a mask
 
 FORWARD_PARAMS = np.dtype(
     [

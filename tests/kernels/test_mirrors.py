@@ -7,6 +7,7 @@ import pytest
 
 from cuflash.jit import compile_ptx
 from cuflash.jit.sources import sources
+from cuflash.masks.program import MAX_REALS, MAX_TABLES, MAX_WHOLES
 from cuflash.plan import backward_cost
 from cuflash.plan.config import (
     ELEMENT_NAMES,
@@ -27,9 +28,6 @@ from cuflash.plan.params import (
     COMBINE_PARAMS,
     FORWARD_PARAMS,
     GATHER_ROWS_PARAMS,
-    MAX_REALS,
-    MAX_TABLES,
-    MAX_WHOLES,
     NO_BOUND,
     SORT_TOKENS_PARAMS,
     TILE_LIST_PARAMS,
@@ -56,7 +54,7 @@ CONFIGS = (
     VisibleRangesConfig,
     GatherRowsConfig,
 )
-MEMBER = re.compile(r"^\s+(?:const )?(\w+)(?: ?(\*))? ?(\*?)(\w+)(?:\[(\w+)\])?;", re.M)
+MEMBER = re.compile(r"^\s+(?:const )?(\w+)(?: ?(\*))? ?(\*?)(\w+)(?:\[([\w *]+)\])?;", re.M)
 
 
 def members(header: str, struct: str) -> list[re.Match]:
@@ -127,7 +125,9 @@ def test_parameters_fit_into_a_launch():
 
 
 def test_constants_agree():
-    assert values_of(["attention/params.cuh"], {"splits": "cuflash::kMaxSplits"}) == {"splits": MAX_SPLITS}
+    sizes = {"kMaxSplits": MAX_SPLITS, "kMaxTables": MAX_TABLES, "kMaxWholes": MAX_WHOLES, "kMaxReals": MAX_REALS}
+    found = values_of(["attention/params.cuh"], {name: f"cuflash::{name}" for name in sizes})
+    assert found == sizes
     assert NO_BOUND == 2**31 - 1
 
 
