@@ -13,7 +13,8 @@ import numpy as np
 
 from cuflash.errors import InvalidDtypeError, InvalidShapeError, InvalidTypeError, InvalidValueError, type_name
 from cuflash.layout import Layout
-from cuflash.masks import Mask, with_window
+from cuflash.masks import Mask
+from cuflash.masks.patterns import with_window
 from cuflash.masks.program import Program
 from cuflash.options import Options
 from cuflash.plan.arch import Arch
