@@ -9,6 +9,7 @@ from cuflash.arrays import Kind, device_of, gather
 from cuflash.check import Packing, Scores
 from cuflash.device import Device
 from cuflash.layout import NativeArray
+from cuflash.masks import Mask
 from cuflash.options import Options
 from cuflash.packing import take_lengths
 from cuflash.vjp import Pullback, register
@@ -24,6 +25,7 @@ def attention(
     *,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
+    mask: Mask | None = None,
     bias: Any = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -54,6 +56,9 @@ def attention(
     window : (left, right), optional
         Query i sees keys i + seqlen_k - seqlen_q - left to i + seqlen_k - seqlen_q + right, ends included. None on a
         side is no bound; with `causal`, right is 0.
+    mask : cuflash.masks.Mask, optional
+        Which keys a query sees, of those that `causal` and `window` show it. Tiles that it hides are not visited;
+        lists of the others are kept with the mask, so make it once and use it in every call and layer.
     bias : array, optional
         Added to the scores, in natural-log units; broadcasts to (batch, num_heads, seqlen_q, seqlen_k), less the axes
         that q lacks. Its strides are used in place, zeros included. float16, bfloat16, float32 or float64, whatever q
@@ -101,7 +106,7 @@ def attention(
     >>> cuflash.attention(q, k, v, causal=True).shape
     (2, 100, 4, 64)
     """
-    kind, question = _dense(q, k, v, bias, out, check.scores(causal, window, scale, softcap), return_lse)
+    kind, question = _dense(q, k, v, bias, out, check.scores(causal, window, scale, softcap, mask), return_lse)
     return _give(kind, out, *forward.run(*question, bool(return_lse), options))
 
 
@@ -116,6 +121,7 @@ def attention_varlen(
     max_seqlen_k: int | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
+    mask: Mask | None = None,
     bias: Any = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -143,8 +149,9 @@ def attention_varlen(
     max_seqlen_q, max_seqlen_k : int, optional
         At least the longest sequence. By default that of offsets on the host, and total_q or total_k for offsets on
         the GPU; there a bias with an axis along the sequence needs it, and longer sequences are cut to it.
-    causal, window, scale, softcap, options
-        As for `attention`, sequence by sequence.
+    causal, window, mask, scale, softcap, options
+        As for `attention`, sequence by sequence: q and k of a mask count from the sequence's first token, its batch is
+        the number of the sequence.
     bias : array, optional
         Broadcasts to (batch, num_heads, seqlen_q, seqlen_k), its last two axes 1 or at least max_seqlen_q and
         max_seqlen_k long; sequence b uses bias[b, :, :length_q, :length_k].
@@ -172,7 +179,7 @@ def attention_varlen(
     >>> cuflash.attention_varlen(q, k, v, [0, 20, 70], [0, 20, 70], causal=True).shape
     (70, 4, 64)
     """
-    asked = check.scores(causal, window, scale, softcap)
+    asked = check.scores(causal, window, scale, softcap, mask)
     cu_seqlens, max_seqlens = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
     kind, question = _packed(q, k, v, bias, out, cu_seqlens, max_seqlens, asked, return_lse)
     return _give(kind, out, *forward.run(*question, bool(return_lse), options))
@@ -190,7 +197,8 @@ class _Question(NamedTuple):
 def _dense(q: Any, k: Any, v: Any, bias: Any, out: Any, asked: Scores, return_lse: bool) -> tuple[Kind, _Question]:
     check.check_flag("return_lse", return_lse)
     kind, arrays = gather(_NAMES, (q, k, v, bias, out), _OPTIONAL)
-    return kind, _Question(device_of(kind, _NAMES, arrays), forward.Operands(*arrays), asked, None)
+    operands = forward.Operands(*arrays)._replace(mask=asked.mask)
+    return kind, _Question(device_of(kind, _NAMES, arrays), operands, asked, None)
 
 
 def _packed(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cuflash import check, forward, records
+from cuflash import check, forward, records, tile_lists
 from cuflash.check import Packing, Scores
 from cuflash.device import Call, Device, Kernel
 from cuflash.forward import MAX_PREPARED, Operands, full_bias, normal
@@ -20,6 +20,7 @@ from cuflash.options import Options
 from cuflash.plan.backward import check_gradient_shape, plan_backward
 from cuflash.plan.forward import MAX_HEAD_DIM
 from cuflash.plan.params import BACKWARD_PARAMS
+from cuflash.tile_lists import ListLaunches
 
 Pullback = Callable[[NativeArray, NativeArray | None], tuple[NativeArray, ...]]
 
@@ -46,6 +47,7 @@ class Launches:
 
     kernels: tuple[Kernel, ...]
     words: np.ndarray
+    lists: ListLaunches | None
     workspaces: tuple[tuple[str, tuple[int, ...], np.dtype], ...]
 
 
@@ -131,7 +133,8 @@ def _prepare(
         ("dq_sum", plan.sum_shape, sums),
         ("turns", plan.turn_shape, UINT32),
     )
-    return Prepared(tuple(copied), Launches(tuple(map(device.load, plan.launches)), words, workspaces))
+    lists = None if plan.lists is None else tile_lists.prepare(device, problem, plan.lists)
+    return Prepared(tuple(copied), Launches(tuple(map(device.load, plan.launches)), words, lists, workspaces))
 
 
 def _run_on_device(device: Device, prepared: Prepared, kept: Kept, operands: Operands) -> tuple[NativeArray, ...]:
@@ -160,6 +163,11 @@ def _launch(
         cu_seqlens_q, cu_seqlens_k = device.indices(operands.cu_seqlens_q), device.indices(operands.cu_seqlens_k)
         words[AT["cu_seqlens_q"]] = call.read(cu_seqlens_q, "cu_seqlens_q")
         words[AT["cu_seqlens_k"]] = call.read(cu_seqlens_k, "cu_seqlens_k")
+    if launches.lists is not None and operands.mask is not None:
+        tables = tile_lists.table_addresses(call, device, operands.mask)
+        cu_seqlens = int(words[AT["cu_seqlens_q"]]), int(words[AT["cu_seqlens_k"]])
+        lists = tile_lists.tile_lists(call, device, launches.lists, operands.mask, tables, cu_seqlens)
+        words[AT["mask_tables"]], (words[AT["tile_lists"]], words[AT["tile_counts"]]) = tables, lists
     for name, array in zip(("dq", "dk", "dv", "dbias"), gradients, strict=False):
         words[AT[name]] = call.write(array, name)
     for name, shape, dtype in launches.workspaces:
@@ -173,6 +181,7 @@ def _run_on_cpu(kept: Kept, operands: Operands, asked: Scores, packing: Packing 
     from cuflash.cpu.backward import Arrays, backward
 
     q, k, v, bias, out, lse, dout, dlse = kept
+    asked = asked._replace(mask=operands.mask)
     problem = check.problem(layout(q), layout(k), layout(v), None if bias is None else layout(bias), asked, packing)
     lse_shape = (problem.batch, problem.num_heads, problem.seqlen_q)
 

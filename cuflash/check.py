@@ -11,8 +11,11 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from cuflash.errors import InvalidDtypeError, InvalidShapeError, InvalidTypeError, InvalidValueError
+from cuflash.errors import InvalidDtypeError, InvalidShapeError, InvalidTypeError, InvalidValueError, type_name
 from cuflash.layout import Layout
+from cuflash.masks import Mask
+from cuflash.masks.patterns import with_window
+from cuflash.masks.program import Program
 from cuflash.options import Options
 from cuflash.plan.arch import Arch
 from cuflash.plan.forward import MAX_HEAD_DIM, max_head_dim
@@ -35,6 +38,7 @@ class Scores(NamedTuple):
     right: int | None
     scale: float | None
     softcap: float  # 0: none
+    mask: Program | None = None
 
 
 class Packing(NamedTuple):
@@ -45,18 +49,37 @@ class Packing(NamedTuple):
     max_seqlen_k: int
 
 
-def scores(causal: object, window: object, scale: object, softcap: object) -> Scores:
+def scores(causal: object, window: object, scale: object, softcap: object, mask: object = None) -> Scores:
     """The checked keywords of every attention function."""
     check_flag("causal", causal)
     left, right = (None, None) if window is None else _window(window)
     if causal:
         right = 0  # window[1] >= 0 never narrows what causal leaves
+    program = None if mask is None else _mask(mask, left, right)
+    if program is not None:
+        left = right = None  # the mask has them
     return Scores(
         left,
         right,
         None if scale is None else _positive("scale", scale),
         0.0 if softcap is None else _positive("softcap", softcap),
+        program,
     )
+
+
+def _mask(mask: object, left: int | None, right: int | None) -> Program:
+    """What a mask and a window together show."""
+    if isinstance(mask, Mask):
+        return with_window(mask, left, right).program
+    if callable(mask):
+        write = "cuflash.masks.where(function), made once and kept"
+    elif getattr(mask, "dtype", None) == np.bool_ or str(getattr(mask, "dtype", "")).endswith("bool"):
+        write = "cuflash.masks.Dense(array), made once and kept, or one of the masks that need no array"
+    elif hasattr(mask, "dtype"):
+        write = "cuflash.masks.Dense of a boolean array; what is added to the scores goes into bias"
+    else:
+        write = "one of cuflash.masks, or None"
+    raise InvalidTypeError(f"mask is a {type_name(mask)}: must be {write}")
 
 
 def check_flag(name: str, value: object) -> None:
@@ -117,7 +140,7 @@ def problem(q: Layout, k: Layout, v: Layout, bias: Layout | None, asked: Scores,
         _check_bias(bias, (batch, axes_q.heads, seqlen_q, seqlen_k), len(q.shape), packing is not None)
     scale = default_scale(axes_q.dim) if asked.scale is None else asked.scale
     _check_factors(scale, asked.softcap, dtype)
-    return Problem(
+    answer = Problem(
         batch=batch,
         seqlen_q=seqlen_q,
         seqlen_k=seqlen_k,
@@ -133,7 +156,11 @@ def problem(q: Layout, k: Layout, v: Layout, bias: Layout | None, asked: Scores,
         bias_dtype=None if bias is None else DTYPE_NAMES[bias.dtype],
         total_q=None if packing is None else axes_q.tokens,
         total_k=None if packing is None else axes_k.tokens,
+        mask=asked.mask,
     )
+    if answer.mask is not None:
+        answer.mask.check(answer.lengths)
+    return answer
 
 
 class _Axes(NamedTuple):

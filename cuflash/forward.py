@@ -10,14 +10,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cuflash import check, records
+from cuflash import check, records, tile_lists
 from cuflash.check import Packing, Scores
 from cuflash.device import Call, Device, Kernel
+from cuflash.errors import DeviceError
 from cuflash.layout import Layout, NativeArray, check_separate, contiguous_strides, layout
+from cuflash.masks.program import Program
 from cuflash.options import Options
 from cuflash.plan.forward import plan_forward
 from cuflash.plan.params import COMBINE_PARAMS, FORWARD_PARAMS
 from cuflash.problem import Problem
+from cuflash.tile_lists import ListLaunches
 
 MAX_PREPARED = 1024  # problems kept per device
 INPUTS = ("q", "k", "v", "bias")
@@ -36,6 +39,7 @@ class Operands(NamedTuple):
     out: NativeArray | None
     cu_seqlens_q: NativeArray | None = None
     cu_seqlens_k: NativeArray | None = None
+    mask: Program | None = None  # with its arrays; what else a call depends on of it is in `Scores`
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,7 @@ class Launches:
     forward: Kernel
     words: np.ndarray
     split: Split | None
+    lists: ListLaunches | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,14 +156,15 @@ def _launches(
     )
     words = records.as_words(records.forward_record(problem, plan, q, k, v, bias, out, lse_shape))
     forward = device.load(plan.forward)
+    lists = None if plan.lists is None else tile_lists.prepare(device, problem, plan.lists)
     if plan.combine is None:
-        return Launches(forward, words, None)
+        return Launches(forward, words, None, lists)
     split = Split(
         device.load(plan.combine),
         records.as_words(records.split_combine_record(problem, plan.num_splits, out, lse_shape)),
         records.partials(problem, plan.num_splits),
     )
-    return Launches(forward, words, split)
+    return Launches(forward, words, split, lists)
 
 
 def _run_on_device(
@@ -177,7 +183,7 @@ def _run_on_device(
 def _launch(
     call: Call, device: Device, launches: Launches, operands: Operands, out: NativeArray, lse: NativeArray | None
 ) -> None:
-    q, k, v, bias, _, cu_seqlens_q, cu_seqlens_k = operands
+    q, k, v, bias, _, cu_seqlens_q, cu_seqlens_k, mask = operands
     words = launches.words.copy()
     words[AT["q"]], words[AT["k"]], words[AT["v"]] = call.read(q, "q"), call.read(k, "k"), call.read(v, "v")
     if bias is not None:
@@ -187,6 +193,11 @@ def _launch(
         cu_seqlens_q, cu_seqlens_k = device.indices(cu_seqlens_q), device.indices(cu_seqlens_k)
         words[AT["cu_seqlens_q"]] = call.read(cu_seqlens_q, "cu_seqlens_q")
         words[AT["cu_seqlens_k"]] = call.read(cu_seqlens_k, "cu_seqlens_k")
+    if launches.lists is not None and mask is not None:
+        tables = tile_lists.table_addresses(call, device, mask)
+        cu_seqlens = int(words[AT["cu_seqlens_q"]]), int(words[AT["cu_seqlens_k"]])
+        lists = tile_lists.tile_lists(call, device, launches.lists, mask, tables, cu_seqlens)
+        words[AT["mask_tables"]], (words[AT["tile_lists"]], words[AT["tile_counts"]]) = tables, lists
     o_address = call.write(out, "o")
     lse_address = 0 if lse is None else call.write(lse, "lse")
     split = launches.split
@@ -215,13 +226,15 @@ def _run_on_cpu(prepared: Prepared, operands: Operands, return_lse: bool) -> tup
     from cuflash.cpu.forward import forward
 
     problem = prepared.problem
-    q, k, v, bias, out, cu_seqlens_q, cu_seqlens_k = _with_copies(prepared, operands)
+    if operands.mask is not None:
+        raise DeviceError("mask is given: must be None on the CPU")
+    q, k, v, bias, out, cu_seqlens_q, cu_seqlens_k, mask = _with_copies(prepared, operands)
     if out is None:
         out = np.empty(prepared.out_shape, prepared.out_dtype)
     lse = np.empty(prepared.lse_shape, prepared.lse_dtype) if return_lse else None
     if 0 not in prepared.lse_shape:
         forward(
-            problem,
+            problem if mask is None else replace(problem, mask=mask),
             normal(q, problem.varlen),
             normal(k, problem.varlen),
             normal(v, problem.varlen),

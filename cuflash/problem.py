@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from cuflash.masks.program import Program
+from cuflash.masks.steps import Lengths
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -33,6 +36,7 @@ class Problem:
     bias_dtype: str | None = None
     total_q: int | None = None  # packed problems only
     total_k: int | None = None
+    mask: Program | None = None  # together with it no window: a mask says all
 
     @property
     def varlen(self) -> bool:
@@ -42,6 +46,17 @@ class Problem:
     def group(self) -> int:
         """Query heads per key/value head."""
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def lengths(self) -> Lengths:
+        return Lengths(
+            self.batch, self.num_heads, self.num_kv_heads, self.seqlen_q, self.seqlen_k, self.total_q, self.total_k
+        )
+
+    @property
+    def mask_code(self) -> str:
+        """C++ of the mask for kernels, "" without one."""
+        return "" if self.mask is None else self.mask.code(self.mask.wide(self.lengths))
 
     @property
     def windowed(self) -> bool:

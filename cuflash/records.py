@@ -16,7 +16,8 @@ from cuflash.layout import ALIGNMENT, Layout, contiguous_strides
 from cuflash.plan.backward import BackwardPlan
 from cuflash.plan.config import MAX_SPLITS, state_dtype
 from cuflash.plan.forward import ForwardPlan
-from cuflash.plan.params import BACKWARD_PARAMS, COMBINE_PARAMS, FORWARD_PARAMS, NO_BOUND
+from cuflash.plan.params import BACKWARD_PARAMS, COMBINE_PARAMS, FORWARD_PARAMS, NO_BOUND, TILE_LIST_PARAMS
+from cuflash.plan.tile_lists import TileListPlan
 from cuflash.problem import Problem
 
 
@@ -131,6 +132,7 @@ def forward_record(
         record["bias_strides"] = bias_strides(bias)
     _set_problem(record, problem)
     record["num_splits"], record["q_tiles"] = plan.num_splits, plan.q_tiles
+    _set_mask(record, problem, plan.lists)
     return record
 
 
@@ -161,7 +163,32 @@ def backward_record(problem: Problem, plan: BackwardPlan, arrays: Mapping[str, L
         record["dbias_shape"] = bias_shape(arrays["dbias"])
     _set_problem(record, problem)
     record["q_tiles"], record["k_tiles"] = plan.q_tiles, plan.k_tiles
+    _set_mask(record, problem, plan.lists)
     return record
+
+
+def tile_list_record(problem: Problem, plan: TileListPlan) -> np.ndarray:
+    """Parameters that the launches which list a mask's tiles share."""
+    record = np.zeros((), TILE_LIST_PARAMS)
+    for name in ("batch", "num_heads", "group", "seqlen_q", "seqlen_k"):
+        record[name] = getattr(problem, name)
+    record["total_q"], record["total_k"] = problem.total_q or 0, problem.total_k or 0
+    record["q_tiles"], record["k_tiles"] = plan.tiles
+    record["turn_pitch"] = plan.turn_shape[-1] if plan.turn_shape else 0
+    _set_mask(record, problem, plan)
+    return record
+
+
+def _set_mask(record: np.ndarray, problem: Problem, lists: TileListPlan | None) -> None:
+    """Constants of the mask, the strides of its tables, and how long its lists are."""
+    if problem.mask is None or lists is None:
+        return
+    record["list_pitch"] = lists.list_shape[3]
+    for name, values in (("mask_wholes", problem.mask.wholes), ("mask_reals", problem.mask.reals)):
+        record[name][: len(values)] = values
+    for i, table in enumerate(problem.mask.tables):
+        strides = contiguous_strides(table.array.shape, 1)
+        record["mask_strides"][4 * i : 4 * i + len(strides)] = strides
 
 
 def combine_record(

@@ -15,7 +15,7 @@ from cuflash import records
 from cuflash.device import Device, Kernel
 from cuflash.forward import MAX_PREPARED
 from cuflash.layout import Layout, NativeArray, layout
-from cuflash.plan.forward import Launch
+from cuflash.plan.launch import Launch
 from cuflash.plan.params import GATHER_ROWS_PARAMS, SORT_TOKENS_PARAMS, VISIBLE_RANGES_PARAMS
 from cuflash.plan.tokens import plan_gather, plan_ranges, plan_sort
 

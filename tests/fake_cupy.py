@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cuflash.plan.params import BACKWARD_PARAMS, FORWARD_PARAMS
+from cuflash.plan.params import BACKWARD_PARAMS, FORWARD_PARAMS, TILE_LIST_PARAMS
 from cuflash.records import address_words
 
 alive: weakref.WeakSet[ndarray] = weakref.WeakSet()  # memory of others may be given out again before a kernel runs
@@ -63,7 +63,8 @@ class FakeCupy(ModuleType):
         self.current = 0
         self.launches: list[tuple[Any, ...]] = []
         self.loads: list[tuple[str, int]] = []
-        self.cuda = SimpleNamespace(Device=lambda number: _Device(self, number))
+        self.stream = SimpleNamespace(ptr=0, is_capturing=lambda: False)
+        self.cuda = SimpleNamespace(Device=lambda number: _Device(self, number), get_current_stream=lambda: self.stream)
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> ndarray:
         return ndarray(np.zeros(shape, dtype), self.current)
@@ -87,11 +88,11 @@ class FakeCupy(ModuleType):
     def _launch(self, entry: str, grid: Any, block: Any, arguments: tuple[np.ndarray], shared_bytes: int) -> None:
         (record,) = arguments
         assert record.size == 1
-        for params in FORWARD_PARAMS, BACKWARD_PARAMS:
+        for params in FORWARD_PARAMS, BACKWARD_PARAMS, TILE_LIST_PARAMS:
             if record.nbytes == params.itemsize:
-                addresses = {field: record.view(params)[0][field] for field in address_words(params)}
+                addresses = {field: np.atleast_1d(record.view(params)[0][field]) for field in address_words(params)}
                 held = {0, *(array.data.ptr for array in alive)}
-                assert [field for field, address in addresses.items() if address not in held] == [], "freed"
+                assert [field for field, found in addresses.items() if not held.issuperset(found)] == [], "freed"
         self.launches.append((self.current, entry, grid, block, arguments[0].tobytes(), shared_bytes))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ import numpy as np
 from cuflash.errors import DeviceError, type_name
 from cuflash.layout import NativeArray
 from cuflash.plan.arch import Arch
-from cuflash.plan.forward import Launch
+from cuflash.plan.launch import Launch
 
 Kernel = Callable[[np.ndarray], None]  # launches with one parameter record, an array of one element
 
@@ -28,6 +28,12 @@ class Call(Protocol):
 
     def workspace(self, shape: tuple[int, ...], dtype: np.dtype, name: str) -> int:
         """Address of a fresh C-contiguous array that ends with the call."""
+
+
+class Kept(Protocol):
+    """A C-contiguous array on a device, which lasts as long as this object."""
+
+    address: int
 
 
 class Device(Protocol):
@@ -48,6 +54,16 @@ class Device(Protocol):
 
     def indices(self, array: NativeArray) -> NativeArray:
         """A C-contiguous int32 array on this device with the values of one on the host or this device."""
+
+    def constant(self, array: np.ndarray) -> NativeArray:
+        """A native array on this device with the values of one on the host."""
+
+    def keep(self, shape: tuple[int, ...], dtype: np.dtype, name: str) -> Kept:
+        """A fresh array that outlives the call."""
+
+    def queue(self) -> Hashable | None:
+        """What orders the launches of this thread, so that later ones see what earlier ones kept; None if they are only
+        captured, not run."""
 
     def call(self) -> AbstractContextManager[Call]:
         """One call: outputs count only if it ends without an error."""

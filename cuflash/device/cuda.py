@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
 
 import cupy
 import numpy as np
@@ -14,7 +14,7 @@ from cuflash.jit import compile_cubin
 from cuflash.layout import NativeArray
 from cuflash.plan.arch import arch_of_capability
 from cuflash.plan.config import KernelConfig
-from cuflash.plan.forward import Launch
+from cuflash.plan.launch import Launch
 
 
 class CudaDevice:
@@ -55,8 +55,25 @@ class CudaDevice:
             return array
         return cupy.ascontiguousarray(cupy.asarray(array, dtype=np.int32))
 
+    def constant(self, array: np.ndarray) -> NativeArray:
+        with self.device:
+            return cupy.asarray(array)
+
+    def keep(self, shape: tuple[int, ...], dtype: np.dtype, name: str) -> _Kept:
+        array = cupy.empty(shape, dtype)
+        return _Kept(int(array.data.ptr), array)
+
+    def queue(self) -> Hashable | None:
+        stream = cupy.cuda.get_current_stream()
+        return None if stream.is_capturing() else (self.device.id, stream.ptr)
+
     def call(self) -> _Call:
         return _Call(self.device)
+
+
+class _Kept(NamedTuple):
+    address: int
+    array: Any
 
 
 class _Call:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from threading import RLock
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +15,7 @@ from cuflash.errors import InvalidTypeError, InvalidValueError
 from cuflash.layout import NativeArray
 from cuflash.plan.arch import arch_named
 from cuflash.plan.config import KernelConfig
-from cuflash.plan.forward import Launch
+from cuflash.plan.launch import Launch
 
 if TYPE_CHECKING:
     from cuflash import emulator
@@ -107,6 +108,7 @@ class EmulatedDevice:
         self._emulator = Device(arch, warp_order=warp_order, copies=copies, check_races=check_races)
         self._kernels: dict[KernelConfig, Any] = {}
         self._lock = RLock()
+        self._queue = object()  # unlike the id of this one, never that of a later device
 
     def load(self, launch: Launch) -> Kernel:
         kernel = self._kernels.get(launch.config)
@@ -131,6 +133,15 @@ class EmulatedDevice:
     def indices(self, array: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(array, np.int32)
 
+    def constant(self, array: np.ndarray) -> np.ndarray:
+        return array
+
+    def keep(self, shape: tuple[int, ...], dtype: np.dtype, name: str) -> _Kept:
+        return _Kept(self._emulator, shape, dtype, name)
+
+    def queue(self) -> Hashable | None:
+        return self._queue
+
     @contextmanager
     def call(self) -> Iterator[_Call]:
         with self._lock:
@@ -140,6 +151,15 @@ class EmulatedDevice:
                 call.copy_back()
             finally:
                 call.free()
+
+
+class _Kept:
+    """An array in the emulated memory, given back with this object."""
+
+    def __init__(self, device: emulator.Device, shape: tuple[int, ...], dtype: np.dtype, name: str) -> None:
+        array = device.empty(shape, dtype, name=name)
+        self.address = int(array.pointer)
+        weakref.finalize(self, device.free, array)
 
 
 class _Call:

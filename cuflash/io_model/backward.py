@@ -17,7 +17,7 @@ from cuflash.plan.backward import BackwardPlan
 from cuflash.plan.backward_cost import column_chunks, shares
 from cuflash.plan.backward_traffic import TURN, backward_traffic, sums_of_tile, visits
 from cuflash.plan.config import BackwardConfig, BiasGradientConfig, round_up
-from cuflash.plan.forward import Launch
+from cuflash.plan.launch import Launch
 from cuflash.plan.traffic import sequence_lengths, sum_bytes
 from cuflash.problem import Problem
 

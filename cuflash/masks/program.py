@@ -57,6 +57,7 @@ class Program:
         self.key: Hashable = (self.structure, self.wholes, tuple(x.hex() for x in self.reals), self.tables)
         self._hash = hash(self.key)
         self._wide: dict[Lengths, bool] = {}
+        self.kept: dict[Hashable, Any] = {}  # by devices: lists of tiles, tables brought there
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Program) and self.key == other.key)

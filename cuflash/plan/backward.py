@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
 
@@ -19,7 +19,9 @@ from cuflash.plan.backward_cost import (
     shared_bytes,
 )
 from cuflash.plan.config import ELEMENT_BYTES, BackwardConfig, BiasGradientConfig, FinishConfig, PrepareConfig, round_up
-from cuflash.plan.forward import FEW_ROWS, MAX_BLOCKS, Launch, required_fields
+from cuflash.plan.forward import FEW_ROWS, required_fields
+from cuflash.plan.launch import MAX_BLOCKS, Launch
+from cuflash.plan.tile_lists import TileListPlan, plan_backward_lists
 from cuflash.problem import Problem
 
 # block_m, block_n, warps of the gradient of a bias: the first that fits
@@ -28,7 +30,7 @@ BIAS_TILES = ((64, 64, 4), (32, 64, 4), (16, 64, 4), (16, 32, 2), (16, 16, 1))
 WARPS_AND_KEYS = (
     (8, 8, 128), (8, 4, 128), (4, 4, 128), (8, 4, 64), (8, 2, 64), (4, 4, 64), (4, 2, 64), (2, 2, 32), (1, 1, 16)
 )  # fmt: skip
-NEUTRAL = {"bias_dtype": "none", "windowed": False, "softcapped": False, "deterministic": True}  # before and after
+NEUTRAL = {"bias_dtype": "none", "windowed": False, "softcapped": False, "deterministic": True, "mask": ""}
 COLUMNS = (256, 128, 64)  # of dq, dk and dv that a block computes at most, where not all
 
 
@@ -45,6 +47,7 @@ class BackwardPlan:
     row_shape: tuple[int, ...]  # of row_lse and row_delta, (batch, num_heads, rows of all tiles)
     sum_shape: tuple[int, ...]  # of dq_sum (batch, num_heads, q_tiles, chunks, sums)
     turn_shape: tuple[int, ...]  # of turns, uint32 (batch, num_heads, q_tiles, chunks)
+    lists: TileListPlan | None  # launched before, where a mask is
 
 
 def plan_backward(
@@ -85,6 +88,7 @@ def plan_backward(
     if config is None:
         config = _best_config(tuple(required.items()), arch, problem.seqlen_q <= FEW_ROWS)
     else:
+        config = replace(config, mask=problem.mask_code)
         _validate(config, required, arch)
     return _plan(problem, config, arch, bias_shape)
 
@@ -193,6 +197,7 @@ def _plan(
         (batch, problem.num_heads, q_tiles * config.block_m),
         (batch, problem.num_heads, q_tiles, dq_chunks, dq_tile_sums(config)),
         (batch, problem.num_heads, q_tiles, dq_chunks),
+        plan_backward_lists(problem, config, q_tiles, k_tiles) if config.mask else None,
     )
 
 
@@ -208,6 +213,7 @@ def _bias_launch(config: BackwardConfig, arch: Arch, shape: tuple[int, int, int,
             dtype=config.dtype, bias_dtype=config.bias_dtype, head_dim=config.head_dim, head_dim_v=config.head_dim_v,
             block_m=min(block_m, config.block_m), block_n=block_n, row_block=config.block_m, num_warps=num_warps,
             load_bytes=config.load_bytes, windowed=config.windowed, softcapped=config.softcapped, varlen=config.varlen,
+            mask=config.mask,
         )  # fmt: skip
         if shared_bytes(tiled) <= arch.shared_per_block:
             break

@@ -25,7 +25,8 @@ from cuflash.plan.cost import (
     SOFTCAP_OPS,
 )
 
-BLOCK_FACTS = 96  # bytes in shared memory that say what the block computes
+BLOCK_FACTS = 96  # bytes in shared memory that say what the block computes, and
+LIST_FACTS = 32  # more where tiles come from lists
 TILE_OPS = 200  # instructions of a warp per tile, whatever its size
 OPS_PER_PAIR = 8  # of P and dS: fma, difference, product, conversions, their share of the stores
 TILE_LATENCY = 1500  # of one visit from barrier to barrier, for a block that runs alone
@@ -97,7 +98,8 @@ def shared_bytes(config: BackwardConfig | BiasGradientConfig) -> int:
     outputs = config.num_warps * own.keys * (own.dk_columns + own.dv_columns) * 256 if size == 2 else 0
     scores = config.block_n * config.block_m
     elements = max(tiles, outputs) + scores + (scores if own.exchange else 8)
-    return size * elements + 2 * config.num_stages * config.block_m * wide + BLOCK_FACTS
+    facts = BLOCK_FACTS + (LIST_FACTS if config.mask else 0)
+    return size * elements + 2 * config.num_stages * config.block_m * wide + facts
 
 
 def _depth(config: BackwardConfig | BiasGradientConfig, unit: int) -> int:

@@ -29,7 +29,7 @@ from cuflash.errors import InvalidValueError
 from cuflash.plan.backward import BackwardPlan
 from cuflash.plan.backward_cost import column_chunks, shares
 from cuflash.plan.config import ELEMENT_BYTES, BackwardConfig, BiasGradientConfig, round_up
-from cuflash.plan.forward import Launch
+from cuflash.plan.launch import Launch
 from cuflash.plan.traffic import INDEX, LaunchTraffic, nonzero, sequence_lengths, slot_owners, sum_bytes, tokens
 from cuflash.problem import Problem
 

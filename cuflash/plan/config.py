@@ -46,6 +46,7 @@ class ForwardConfig:
     softcapped: bool
     varlen: bool
     split: bool  # writes partial states (float32, float64 for float64) for the combine kernel
+    mask: str = ""  # its C++, `cuflash.masks.program.Program.code`; key tiles then come from lists
 
     family = "forward"
 
@@ -111,6 +112,7 @@ class BackwardConfig:
     softcapped: bool
     varlen: bool
     deterministic: bool  # key tiles add to dq in their order
+    mask: str = ""  # as in ForwardConfig; query tiles then come from lists
 
     family = "backward"
 
@@ -205,6 +207,7 @@ class BiasGradientConfig:
     windowed: bool
     softcapped: bool
     varlen: bool
+    mask: str = ""  # as in ForwardConfig
 
     family = "bias_gradient"
 
@@ -237,6 +240,42 @@ class BiasGradientConfig:
 
     def unit(self) -> str:
         return _unit(self, "bias_gradient", f"__launch_bounds__({self.threads}, 1)", "BiasGradient")
+
+
+@dataclass(frozen=True)
+class TileRowsConfig:
+    """Compile-time constants of the kernel that finds the tiles a mask shows, by query tile."""
+
+    block_m: int  # queries and
+    block_n: int  # keys of a tile
+    num_warps: int
+    varlen: bool
+    turns: bool  # of the backward pass: what the kernel that lists tiles by key tile reads, not lists
+    mask: str
+
+    family = "tile_rows"
+
+    def __post_init__(self) -> None:
+        for field in ("block_m", "block_n", "num_warps"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{type(self).__name__}.{field} = {getattr(self, field)!r}: must be >= 1")
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.num_warps
+
+    @property
+    def entry(self) -> str:
+        return f"cuflash_{self.family}_{self.block_m}x{self.block_n}"
+
+    def unit(self) -> str:
+        return _unit(self, self.family, f"__launch_bounds__({self.threads}, 1)", "TileList")
+
+
+class TileColumnsConfig(TileRowsConfig):
+    """The same for the kernel that lists them by key tile."""
+
+    family = "tile_columns"
 
 
 @dataclass(frozen=True)
@@ -360,6 +399,7 @@ KernelConfig = (
     ForwardConfig
     | BackwardConfig
     | BiasGradientConfig
+    | TileRowsConfig
     | CombineConfig
     | SortTokensConfig
     | VisibleRangesConfig
@@ -368,14 +408,18 @@ KernelConfig = (
 
 
 def _unit(config: KernelConfig, family: str, bounds: str, record: str) -> str:
-    """`constexpr {record}Config kConfig{.a = 1, ...}` and an extern "C" entry that calls the kernel's body."""
-    body = "\n".join(f"    .{f.name} = {_literal(getattr(config, f.name))}," for f in fields(config))
+    """`constexpr {record}Config kConfig{.a = 1, ...}`, the mask, and an extern "C" entry that calls the kernel."""
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    mask = values.get("mask", "")
+    body = "\n".join(f"    .{name} = {_literal(bool(mask) if name == 'mask' else values[name])}," for name in values)
+    arguments = "kConfig, cuflash::Mask" if mask else "kConfig"
     return (
         f'#include "kernels/{family}.cu"\n'
         f"constexpr cuflash::{record}Config kConfig{{\n{body}\n}};\n"
-        f'extern "C" __global__ void {bounds}\n'
+        + (f"namespace cuflash {{\n{mask}\n}}\n" if mask else "")
+        + f'extern "C" __global__ void {bounds}\n'
         f"{config.entry}(const __grid_constant__ cuflash::{record}Params params) {{\n"
-        f"    cuflash::{family}<kConfig>(params);\n}}\n"
+        f"    cuflash::{family}<{arguments}>(params);\n}}\n"
     )
 
 

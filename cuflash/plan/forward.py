@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from cuflash.errors import ConfigError, InvalidValueError
@@ -19,9 +19,10 @@ from cuflash.plan.config import (
     state_dtype,
 )
 from cuflash.plan.cost import Work, blocks_per_sm, cycles, fits_registers, shared_bytes
+from cuflash.plan.launch import MAX_BLOCKS, Launch
+from cuflash.plan.tile_lists import TileListPlan, plan_forward_lists
 from cuflash.problem import Problem
 
-MAX_BLOCKS = 2**31 - 1
 MAX_HEAD_DIM = 512
 MAX_BLOCK_DV = {"float64": 128}  # else 256
 FEW_ROWS = 16  # up to as many queries a sequence, as in decoding, take tiles of their own
@@ -32,23 +33,17 @@ COMBINE_WARPS = 4
 
 
 @dataclass(frozen=True)
-class Launch:
-    """One kernel launch: a configuration, its grid and block, and its dynamic shared memory in bytes."""
-
-    config: KernelConfig
-    grid: tuple[int, int, int]
-    block: tuple[int, int, int]
-    shared_bytes: int
-
-
-@dataclass(frozen=True)
 class ForwardPlan:
-    """The forward launch and, where the keys are split, the launch that combines the partial states."""
+    """The forward launch and, where the keys are split, the launch that combines the partial states.
+
+    Before it, where a mask is, the launches that list the tiles which the mask shows.
+    """
 
     forward: Launch
     combine: Launch | None
     num_splits: int
     q_tiles: int
+    lists: TileListPlan | None
 
 
 def plan_forward(
@@ -89,9 +84,10 @@ def plan_forward(
     sms = sm_count or arch.sm_count
     required = required_fields(problem, load_bytes, store_bytes, options)
     if options.config is not None:
-        _validate(options.config, required, options.num_splits, arch)
-        splits = options.num_splits or (_num_splits(problem, options.config, arch, sms) if options.config.split else 1)
-        return _plan(problem, options.config, splits)
+        config = replace(options.config, mask=problem.mask_code)
+        _validate(config, required, options.num_splits, arch)
+        splits = options.num_splits or (_num_splits(problem, config, arch, sms) if config.split else 1)
+        return _plan(problem, config, splits)
     few_rows = problem.seqlen_q <= FEW_ROWS
     config = _best_config(tuple(required.items()), arch, few_rows, split=False)
     splits = options.num_splits or _num_splits(problem, config, arch, sms)
@@ -135,7 +131,9 @@ def _plan(problem: Problem, config: ForwardConfig, num_splits: int) -> ForwardPl
         tokens = problem.batch * problem.seqlen_q if problem.total_q is None else problem.total_q
         rows = tokens * problem.num_heads
         combine = plan_combine(state_dtype(config.dtype), problem.dtype, config.head_dim_v, rows)
-    return ForwardPlan(forward, combine, num_splits, q_tiles(problem, config.block_m))
+    tiles = q_tiles(problem, config.block_m)
+    lists = plan_forward_lists(problem, config, tiles) if config.mask else None
+    return ForwardPlan(forward, combine, num_splits, tiles, lists)
 
 
 def _launch(config: KernelConfig, blocks: int) -> Launch:
@@ -198,6 +196,7 @@ def required_fields(
         "windowed": problem.windowed,
         "softcapped": problem.softcap != 0.0,
         "varlen": problem.varlen,
+        "mask": problem.mask_code,
     }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from cuflash.masks.program import MAX_REALS, MAX_TABLES, MAX_WHOLES
 from cuflash.plan.config import MAX_SPLITS
 
 FORWARD_PARAMS = np.dtype(
@@ -19,6 +20,9 @@ FORWARD_PARAMS = np.dtype(
         ("bias", np.uint64),  # (batch, num_heads, seqlen_q, seqlen_k) by strides, 0 where broadcast
         ("cu_seqlens_q", np.uint64),  # int32 (batch + 1), packed only
         ("cu_seqlens_k", np.uint64),
+        ("mask_tables", np.uint64, MAX_TABLES),  # arrays that the mask looks up
+        ("tile_lists", np.uint64),  # int32, see `cuflash.plan.tile_lists`
+        ("tile_counts", np.uint64),
         ("q_strides", np.int64, 3),  # batch, token, head
         ("k_strides", np.int64, 3),
         ("v_strides", np.int64, 3),
@@ -27,6 +31,9 @@ FORWARD_PARAMS = np.dtype(
         ("bias_strides", np.int64, 4),  # batch, head, query, key
         ("o_split_stride", np.int64),
         ("lse_split_stride", np.int64),
+        ("mask_strides", np.int64, 4 * MAX_TABLES),  # of each table
+        ("mask_wholes", np.int64, MAX_WHOLES),  # its constants
+        ("mask_reals", np.float64, MAX_REALS),
         ("scale64", np.float64),  # for float64, which float32 would round
         ("softcap64", np.float64),
         ("scale", np.float32),
@@ -42,6 +49,7 @@ FORWARD_PARAMS = np.dtype(
         ("right", np.int32),
         ("num_splits", np.int32),
         ("q_tiles", np.int32),  # query tiles of one head of one batch entry; packed: of one head in all
+        ("list_pitch", np.int32),  # key tiles that a list has room for
     ],
     align=True,
 )
@@ -86,6 +94,9 @@ BACKWARD_PARAMS = np.dtype(
         ("turns", np.uint64),  # uint32 workspace
         ("cu_seqlens_q", np.uint64),  # int32 (batch + 1), packed only
         ("cu_seqlens_k", np.uint64),
+        ("mask_tables", np.uint64, MAX_TABLES),  # arrays that the mask looks up
+        ("tile_lists", np.uint64),  # int32, see `cuflash.plan.tile_lists`
+        ("tile_counts", np.uint64),
         ("q_strides", np.int64, 3),  # batch, token, head
         ("k_strides", np.int64, 3),
         ("v_strides", np.int64, 3),
@@ -98,6 +109,9 @@ BACKWARD_PARAMS = np.dtype(
         ("d_lse_strides", np.int64, 3),
         ("bias_strides", np.int64, 4),  # batch, head, query, key
         ("dbias_strides", np.int64, 4),
+        ("mask_strides", np.int64, 4 * MAX_TABLES),  # of each table
+        ("mask_wholes", np.int64, MAX_WHOLES),  # its constants
+        ("mask_reals", np.float64, MAX_REALS),
         ("dbias_shape", np.int32, 4),  # packed: its last two axes may be longer than any sequence
         ("scale64", np.float64),  # for float64, which float32 would round
         ("softcap64", np.float64),
@@ -114,6 +128,33 @@ BACKWARD_PARAMS = np.dtype(
         ("right", np.int32),
         ("q_tiles", np.int32),  # query tiles of one head of one batch entry; packed: of one head in all
         ("k_tiles", np.int32),  # the same of keys
+        ("list_pitch", np.int32),  # query tiles that a list has room for
+    ],
+    align=True,
+)
+
+TILE_LIST_PARAMS = np.dtype(
+    [
+        ("mask_tables", np.uint64, MAX_TABLES),  # as in FORWARD_PARAMS
+        ("lists", np.uint64),  # int32, what the kernels find
+        ("counts", np.uint64),
+        ("turns", np.uint64),  # int32 workspace of the backward pass
+        ("cu_seqlens_q", np.uint64),  # int32 (batch + 1), packed only
+        ("cu_seqlens_k", np.uint64),
+        ("mask_strides", np.int64, 4 * MAX_TABLES),
+        ("mask_wholes", np.int64, MAX_WHOLES),
+        ("mask_reals", np.float64, MAX_REALS),
+        ("batch", np.int32),
+        ("num_heads", np.int32),
+        ("group", np.int32),
+        ("seqlen_q", np.int32),
+        ("seqlen_k", np.int32),
+        ("total_q", np.int32),
+        ("total_k", np.int32),
+        ("q_tiles", np.int32),
+        ("k_tiles", np.int32),
+        ("list_pitch", np.int32),
+        ("turn_pitch", np.int32),  # key tiles of a sequence at most
     ],
     align=True,
 )

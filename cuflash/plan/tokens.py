@@ -6,7 +6,7 @@ import numpy as np
 
 from cuflash.errors import InvalidValueError
 from cuflash.plan.config import GatherRowsConfig, SortTokensConfig, VisibleRangesConfig
-from cuflash.plan.forward import MAX_BLOCKS, Launch
+from cuflash.plan.launch import MAX_BLOCKS, Launch
 
 SORT_WARPS = 16
 RANGE_WARPS = 4

@@ -22,6 +22,7 @@ struct ForwardConfig {
     bool softcapped;
     bool varlen;
     bool split;  // writes float32 partial states for the combine kernel
+    bool mask;   // the unit defines one; key tiles come from lists
 };
 
 // The three kernels of the backward pass: prepare, backward, finish.
@@ -43,6 +44,7 @@ struct BackwardConfig {
     bool softcapped;
     bool varlen;
     bool deterministic;  // key tiles add to dq in their order
+    bool mask;           // the unit defines one; query tiles come from lists
 };
 
 struct BiasGradientConfig {
@@ -58,6 +60,17 @@ struct BiasGradientConfig {
     bool windowed;
     bool softcapped;
     bool varlen;
+    bool mask;  // the unit defines one
+};
+
+// Which tiles a mask shows: lists of them by query tile, and from these by key tile.
+struct TileListConfig {
+    int block_m;  // queries and
+    int block_n;  // keys of a tile
+    int num_warps;
+    bool varlen;
+    bool turns;  // of the backward pass: rows of turns in the place of lists
+    bool mask;   // the unit defines one
 };
 
 struct CombineConfig {

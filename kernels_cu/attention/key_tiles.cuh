@@ -46,7 +46,7 @@ struct KeyTiles {
     int right_cut, left_cut;  // how many of these are cut by either edge
     int begin, end;           // positions [begin, end) are this block's
 
-    template <ForwardConfig C>
+    template <ForwardConfig C, class Mask>
     static __device__ __forceinline__ KeyTiles of(const ForwardParams& params, const Work& work) {
         const Window window(params, work);
         const int row_last = work.row_end(C.block_m) - 1;

@@ -7,6 +7,7 @@
 namespace cuflash {
 
 constexpr int kMaxSplits = 128;
+constexpr int kMaxTables = 8, kMaxWholes = 16, kMaxReals = 8;  // of a mask
 
 struct ForwardParams {
     const void* q;            // (batch, seqlen_q, num_heads, head_dim); packed: (total_q, num_heads, head_dim)
@@ -17,6 +18,9 @@ struct ForwardParams {
     const void* bias;         // (batch, num_heads, seqlen_q, seqlen_k), natural-log units
     const int* cu_seqlens_q;  // (batch + 1), packed only
     const int* cu_seqlens_k;
+    const void* mask_tables[kMaxTables];  // arrays that the mask looks up
+    const int* tile_lists;   // of each query tile its key tiles: (batch or 1, num_heads or 1, q_tiles, list_pitch)
+    const int* tile_counts;  // how many: (batch or 1, num_heads or 1, q_tiles, 2), partial and full ones
     i64 q_strides[3];  // batch, token, head
     i64 k_strides[3];
     i64 v_strides[3];
@@ -25,6 +29,9 @@ struct ForwardParams {
     i64 bias_strides[4];  // batch, head, query, key; 0 where broadcast
     i64 o_split_stride;
     i64 lse_split_stride;
+    i64 mask_strides[4 * kMaxTables];  // of each table
+    i64 mask_wholes[kMaxWholes];       // its constants
+    double mask_reals[kMaxReals];
     double scale64;  // for float64, which float32 would round
     double softcap64;
     float scale;
@@ -40,6 +47,7 @@ struct ForwardParams {
     int right;
     int num_splits;
     int q_tiles;  // query tiles of one head of one batch entry; packed: of one head in all
+    int list_pitch;  // key tiles that a list has room for
 };
 
 // Of the backward pass; R = q_tiles * block_m rows per head, in which each sequence begins a tile of its own. Workspaces
@@ -63,6 +71,9 @@ struct BackwardParams {
     u32* turns;               // workspace (batch, num_heads, q_tiles, chunks): key tiles that have added to dq_sum
     const int* cu_seqlens_q;  // (batch + 1), packed only
     const int* cu_seqlens_k;
+    const void* mask_tables[kMaxTables];  // arrays that the mask looks up
+    const int* tile_lists;   // of each key tile its query tiles: (batch or 1, num_kv_heads or 1, k_tiles, list_pitch, 2)
+    const int* tile_counts;  // how many: (batch or 1, num_kv_heads or 1, k_tiles)
     i64 q_strides[3];  // batch, token, head
     i64 k_strides[3];
     i64 v_strides[3];
@@ -75,6 +86,9 @@ struct BackwardParams {
     i64 d_lse_strides[3];
     i64 bias_strides[4];   // batch, head, query, key; 0 where broadcast
     i64 dbias_strides[4];
+    i64 mask_strides[4 * kMaxTables];  // of each table
+    i64 mask_wholes[kMaxWholes];       // its constants
+    double mask_reals[kMaxReals];
     int dbias_shape[4];    // packed: its last two axes may be longer than any sequence
     double scale64;        // for float64, which float32 would round
     double softcap64;
@@ -91,6 +105,32 @@ struct BackwardParams {
     int right;
     int q_tiles;  // query tiles of one head of one batch entry; packed: of one head in all
     int k_tiles;  // the same of keys
+    int list_pitch;  // query tiles that a list has room for
+};
+
+// Of the kernels that list the tiles which a mask shows.
+struct TileListParams {
+    const void* mask_tables[kMaxTables];
+    int* lists;   // as tile_lists of ForwardParams; of the backward pass as those of BackwardParams
+    int* counts;
+    int* turns;   // of the backward pass: (batch or 1, num_heads or 1, q_tiles, turn_pitch), 0 where a tile is empty, else
+                  // its turn times 4, plus 2 if it is partial, plus 1
+    const int* cu_seqlens_q;  // (batch + 1), packed only
+    const int* cu_seqlens_k;
+    i64 mask_strides[4 * kMaxTables];
+    i64 mask_wholes[kMaxWholes];
+    double mask_reals[kMaxReals];
+    int batch;
+    int num_heads;
+    int group;
+    int seqlen_q;
+    int seqlen_k;
+    int total_q;
+    int total_k;
+    int q_tiles;
+    int k_tiles;
+    int list_pitch;
+    int turn_pitch;  // key tiles of a sequence at most
 };
 
 struct CombineParams {

@@ -48,6 +48,19 @@ __device__ __forceinline__ int first_query_slot(const Sequence& sequence) {
     return C.varlen ? sequence.q_start / C.block_m + sequence.sequence : 0;
 }
 
+// The query tile that a block visits: of one head after the other, from the last tile to the first.
+struct Visit {
+    int head = 0;  // within the group
+    int position = 0;
+
+    __device__ __forceinline__ Visit after(int tiles) const {
+        return position + 1 < tiles ? Visit{head, position + 1} : Visit{head + 1, 0};
+    }
+    __device__ __forceinline__ Visit before(int tiles) const {
+        return position > 0 ? Visit{head, position - 1} : Visit{head - 1, tiles - 1};
+    }
+};
+
 // The query tiles that see at least one key of a key tile, visited from the last to the first.
 struct QueryTiles {
     Span queries;  // that see at least one key of the tile; of others nothing is read
@@ -55,7 +68,7 @@ struct QueryTiles {
     Span full;     // queries that see every key of the tile
     int first, count;
 
-    template <auto C>
+    template <auto C, class Mask>
     static __device__ __forceinline__ QueryTiles of(const BackwardParams& params, const KeyWork& work) {
         const Window window(params, work);
         const int key_end = min(work.key_begin + C.block_n, work.len_k);
@@ -74,12 +87,12 @@ struct QueryTiles {
         return tiles;
     }
 
-    __device__ __forceinline__ int tile(int position) const { return first + count - 1 - position; }
+    __device__ __forceinline__ int tile(Visit visit) const { return first + count - 1 - visit.position; }
 
     // Whether a mask hides a key of the tile from one of the block_m queries from `begin` on. Queries past the last need
     // none, P = 0 by their lse; but a bias they have not.
     template <auto C>
-    __device__ __forceinline__ bool cut(int begin, int len_q) const {
+    __device__ __forceinline__ bool cut(Visit, int begin, int len_q) const {
         const int end = C.bias_dtype != Element::none ? begin + C.block_m : min(begin + C.block_m, len_q);
         return begin < full.begin || end > full.end;
     }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/key_tiles.cuh"
+#include "attention/mask.cuh"
 #include "tile/element.cuh"
 #include "tile/functions.cuh"
 
@@ -47,7 +48,7 @@ struct NoSlope {
 // Turns a register tile S[kM][kN][4] of raw products into base-2 scores. Its rows are row + 16m + 8h (h = 0, 1), its
 // columns first + column + 8n + e (e = 0, 1): queries by keys or, transposed, keys by queries. Raw products stay as they
 // are where only a scale is asked for: it is folded into an exponent, as `multiplier`.
-template <auto C, class Params, bool kTransposed = false>
+template <auto C, class Params, class Mask, bool kTransposed = false>
 struct ScoreRule {
     using T = Sum<C.dtype>;
     static constexpr bool kBiased = C.bias_dtype != Element::none;
@@ -57,12 +58,13 @@ struct ScoreRule {
     const Sequence& sequence;
     const Span& columns;  // of the array of scores that exist in a cut tile
     const char* head_bias = nullptr;  // bias of this batch entry and head
+    int head;
     int row;     // this lane's first row
     int column;  // this lane's first column of a tile
 
     __device__ __forceinline__ ScoreRule(const Params& params, const Sequence& sequence, int head, const Span& columns,
                                          int row, int column)
-        : params(params), sequence(sequence), columns(columns), row(row), column(column) {
+        : params(params), sequence(sequence), columns(columns), head(head), row(row), column(column) {
         if constexpr (kBiased) {
             const i64 offset = sequence.sequence * params.bias_strides[0] + head * params.bias_strides[1];
             head_bias = static_cast<const char*>(params.bias) + offset * bytes_of(C.bias_dtype);
@@ -86,7 +88,10 @@ struct ScoreRule {
 #pragma unroll
         for (int m = 0; m < kM; ++m)
 #pragma unroll
-            for (int h = 0; h < 2; ++h) mask(S[m], h, row + 16 * m + 8 * h, first + column);
+            for (int h = 0; h < 2; ++h) {
+                if constexpr (C.mask) select(S[m], h, row + 16 * m + 8 * h, first + column);
+                else mask(S[m], h, row + 16 * m + 8 * h, first + column);
+            }
     }
 
     template <int kM, int kN>
@@ -153,6 +158,29 @@ struct ScoreRule {
             for (int e = 0; e < 2; ++e) {
                 const bool visible = 8 * n + e < end && (!C.windowed || 8 * n + e >= begin);
                 S[n][2 * h + e] = visible ? S[n][2 * h + e] : static_cast<T>(-kInfinity);
+            }
+    }
+
+    // The same by the expression of a mask, a bit for each score of the row. The loop is not unrolled: the expression may
+    // be long, and stands in the kernel once a row. It sees only indices that exist.
+    template <int kN>
+    __device__ __forceinline__ void select(T (&S)[kN][4], int h, int row, int first) const {
+        static_assert(kN <= 16);
+        const int last_query = sequence.len_q - 1, last_key = sequence.len_k - 1;
+        const int last_row = kTransposed ? last_key : last_query, last_column = kTransposed ? last_query : last_key;
+        u32 visible = 0;
+#pragma unroll 1
+        for (int i = 0; i < 2 * kN; ++i) {
+            const int column = first + i / 2 * 8 + i % 2;
+            const int r = min(row, last_row), c = min(column, last_column);
+            const bool shown = shows<Mask>(params, sequence, head, kTransposed ? c : r, kTransposed ? r : c);
+            visible |= static_cast<u32>(shown && row <= last_row && column <= last_column) << i;
+        }
+#pragma unroll
+        for (int n = 0; n < kN; ++n)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                S[n][2 * h + e] = visible >> (2 * n + e) & 1 ? S[n][2 * h + e] : static_cast<T>(-kInfinity);
             }
     }
 };

@@ -94,13 +94,13 @@ struct Digits {
 };
 
 // Grid, fastest first: query tile, split, chunk, head, batch entry. Tiles of one head are neighbours, so that they share
-// keys and values in L2. Under a window, later queries usually see more keys and start first.
+// keys and values in L2. Under a window or a mask, later queries usually see more keys and start first.
 template <ForwardConfig C>
 __device__ __forceinline__ Work decode_work(const ForwardParams& params) {
     constexpr int kChunks = ceil_div(C.head_dim_v, C.block_dv);
     Work work;
     Digits digits{blockIdx.x};
-    const int slot = C.windowed ? params.q_tiles - 1 - digits.next(params.q_tiles) : digits.next(params.q_tiles);
+    const int slot = C.windowed || C.mask ? params.q_tiles - 1 - digits.next(params.q_tiles) : digits.next(params.q_tiles);
     work.split = C.split ? digits.next(params.num_splits) : 0;
     work.chunk = digits.next(kChunks);
     work.head = digits.next(params.num_heads);

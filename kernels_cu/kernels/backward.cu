@@ -9,7 +9,7 @@
 #include "attention/gradient_rows.cuh"
 #include "attention/key_gradient.cuh"
 #include "attention/params.cuh"
-#include "attention/query_tiles.cuh"
+#include "attention/listed_tiles.cuh"
 #include "attention/score_gradients.cuh"
 #include "tile/load.cuh"
 
@@ -20,6 +20,7 @@ template <BackwardConfig C>
 struct BackwardShared {
     using Tiles = BackwardTiles<C>;
     using T = Storage<C.dtype>;
+    using QueriesOf = Conditional<C.mask, ListedQueryTiles, QueryTiles>;
     static constexpr bool kStaged = sizeof(T) == 2;  // wider elements are stored from registers
     union {
         struct {
@@ -38,36 +39,23 @@ struct BackwardShared {
     Sum<C.dtype> lse[C.num_stages][C.block_m];  // base 2
     Sum<C.dtype> delta[C.num_stages][C.block_m];
     KeyWork work;
-    QueryTiles tiles;
+    QueriesOf tiles;
     const T* keys;    // first row of this sequence and head
     const T* values;
 };
 
 // One thread finds out what the block computes.
-template <BackwardConfig C>
+template <BackwardConfig C, class Mask>
 __device__ __forceinline__ void locate(BackwardShared<C>& shared, const BackwardParams& params) {
     const KeyWork work = decode_key_work<C>(params);
     shared.work = work;
-    shared.tiles = QueryTiles::of<C>(params, work);
+    shared.tiles = BackwardShared<C>::QueriesOf::template of<C, Mask>(params, work);
     using T = Storage<C.dtype>;
     shared.keys = row_at(static_cast<const T*>(params.k), params.k_strides, work.batch_entry, work.k_start, work.kv_head);
     shared.values = row_at(static_cast<const T*>(params.v), params.v_strides, work.batch_entry, work.k_start, work.kv_head);
 }
 
-// The query tile that a block visits: of one head after the other, from the last tile to the first.
-struct Visit {
-    int head = 0;  // within the group
-    int position = 0;
-
-    __device__ __forceinline__ Visit after(int tiles) const {
-        return position + 1 < tiles ? Visit{head, position + 1} : Visit{head + 1, 0};
-    }
-    __device__ __forceinline__ Visit before(int tiles) const {
-        return position > 0 ? Visit{head, position - 1} : Visit{head - 1, tiles - 1};
-    }
-};
-
-template <BackwardConfig C>
+template <BackwardConfig C, class Mask = NoMask>
 __device__ __forceinline__ void backward(const BackwardParams& params) {
     using Tiles = BackwardTiles<C>;
     using Query = QueryGradient<C>;
@@ -85,17 +73,24 @@ __device__ __forceinline__ void backward(const BackwardParams& params) {
     extern __shared__ __align__(128) unsigned char shared_memory[];
     auto& shared = *reinterpret_cast<BackwardShared<C>*>(shared_memory);
     const KeyWork& work = shared.work;
-    const QueryTiles& tiles = shared.tiles;
-    if (ptx::thread_index() == 0) locate<C>(shared, params);
+    const auto& tiles = shared.tiles;
+    if (ptx::thread_index() == 0) locate<C, Mask>(shared, params);
     __syncthreads();  // work and tiles are known to everyone
     if (work.rows <= 0) return;
     const bool has_dk = kChunks == 1 || work.chunk * C.block_d < C.head_dim;
     const bool has_dv = kChunks == 1 || work.chunk * C.block_dv < C.head_dim_v;
 
+    // A list that depends on the head has the tiles of all heads of the group, others serve one head after the other.
+    const int repeats = Mask::kByHead ? 1 : params.group;
+    const auto head_of = [&](Visit visit) {
+        return work.kv_head * params.group + (Mask::kByHead ? tiles.tile(visit) / params.q_tiles : visit.head);
+    };
+    const auto tile_of = [&](Visit visit) { return Mask::kByHead ? tiles.tile(visit) % params.q_tiles : tiles.tile(visit); };
+
     // Start the copies of Q, dO, lse and delta of a query tile; of a cut tile, only of the queries that see a key.
     const auto load_queries = [&](Visit visit, int stage) {
-        const int tile = tiles.tile(visit.position), begin = tile * C.block_m;
-        const int head = work.kv_head * params.group + visit.head;
+        const int tile = tile_of(visit), begin = tile * C.block_m;
+        const int head = head_of(visit);
         const bool partial = begin < tiles.queries.begin || begin + C.block_m > tiles.queries.end;
         const auto* q = row_at(static_cast<const Element*>(params.q), params.q_strides, work.batch_entry, work.q_start, head);
         const auto* d_o = row_at(static_cast<const Element*>(params.d_o), params.d_o_strides, work.batch_entry, work.q_start, head);
@@ -139,9 +134,8 @@ __device__ __forceinline__ void backward(const BackwardParams& params) {
             }
             multiply_blocks<C.dtype, typename Tiles::K>(dQ, left, columns, 16 * k * Tiles::K::kPitch);
         }
-        const int head = work.kv_head * params.group + visit.head;
-        const int slot = first_query_slot<C>(work) + tiles.tile(visit.position);
-        const i64 index = query_tile_index(params, work.batch_entry, head, slot) * Query::kChunks + work.chunk;
+        const int slot = first_query_slot<C>(work) + tile_of(visit);
+        const i64 index = query_tile_index(params, work.batch_entry, head_of(visit), slot) * Query::kChunks + work.chunk;
         T* sums = static_cast<T*>(params.dq_sum) + index * Query::kTileSums;
 #pragma unroll
         for (int m = 0; m < Query::kM; ++m)
@@ -150,11 +144,13 @@ __device__ __forceinline__ void backward(const BackwardParams& params) {
     };
     // The counter of key tiles that have added to the sums of a query tile, and what it is when it is this one's turn.
     const auto turns = [&](Visit visit) {
-        const int head = work.kv_head * params.group + visit.head;
-        const int slot = first_query_slot<C>(work) + tiles.tile(visit.position);
-        return params.turns + query_tile_index(params, work.batch_entry, head, slot) * Query::kChunks + work.chunk;
+        const int slot = first_query_slot<C>(work) + tile_of(visit);
+        return params.turns + query_tile_index(params, work.batch_entry, head_of(visit), slot) * Query::kChunks + work.chunk;
     };
-    const auto turn = [&](Visit visit) { return turn_of<C>(params, work, tiles.tile(visit.position) * C.block_m); };
+    const auto turn = [&](Visit visit) {
+        if constexpr (C.mask) return tiles.turn(visit);
+        else return turn_of<C>(params, work, tiles.tile(visit) * C.block_m);
+    };
     const bool takes_turns = C.deterministic && has_dk && ptx::thread_index() == 0;
     const bool passes_turns = C.deterministic && has_dk && ptx::thread_index() == kThreads / 2;
     const auto pass_turn = [&](Visit done) {
@@ -164,19 +160,23 @@ __device__ __forceinline__ void backward(const BackwardParams& params) {
     // P^T and dS^T of one tile of queries, and what of dV and dK a warp computes from its own.
     const auto visit_tile = [&](Visit visit, int stage, Visit next) {
         const KeyPlace<C> here;
-        const int first_query = tiles.tile(visit.position) * C.block_m;
+        const int first_query = tile_of(visit) * C.block_m;
         const int column = here.query + 2 * (here.lane % 4);
         T S[kM][2 * kN][4], dS[kM][2 * kN][4];
         const auto multiply_dp = [&] {  // dP^T = V dO^T
             multiply_rows<C, typename Tiles::V, typename Tiles::O, Tiles::kDv>(dS, shared.v, shared.d_o[stage]);
         };
         multiply_rows<C, typename Tiles::K, typename Tiles::Q, Tiles::kD>(S, shared.k, shared.q[stage]);  // S^T = K Q^T
-        if (kStages == 2 && next.head < params.group) load_queries(next, stage ^ 1);
+        if (kStages == 2 && next.head < repeats) load_queries(next, stage ^ 1);
+        if constexpr (C.mask) {
+            const Visit coming = next.after(tiles.count);
+            if (here.thread == 0 && coming.head < repeats) tiles.fetch(coming);
+        }
         if constexpr (Tiles::kExchange) multiply_dp();  // the exponentials of S run under it
         SlopeOfCap slope;
-        const ScoreRule<C, BackwardParams, true> rule(params, work, work.kv_head * params.group + visit.head, tiles.queries,
-                                                      work.key_begin + here.key + here.lane / 4, column);
-        rule.apply(S, slope, first_query, tiles.cut<C>(first_query, work.len_q));
+        const ScoreRule<C, BackwardParams, Mask, true> rule(params, work, head_of(visit), tiles.queries,
+                                                            work.key_begin + here.key + here.lane / 4, column);
+        rule.apply(S, slope, first_query, tiles.template cut<C>(visit, first_query, work.len_q));
         exponentiate(S, shared.lse[stage] + column, rule.multiplier());  // P^T = 2^(S^T - lse)
         if constexpr (Tiles::kExchange) {
             store_scores<C>(S, shared.p);
@@ -203,7 +203,7 @@ __device__ __forceinline__ void backward(const BackwardParams& params) {
         load_queries(visit, 0);
         ptx::cp_async_commit();
     }
-    for (int stage = 0; tiles.count > 0 && visit.head < params.group; stage ^= kStages - 1) {
+    for (int stage = 0; tiles.count > 0 && visit.head < repeats; stage ^= kStages - 1) {
         const Visit next = visit.after(tiles.count);
         ptx::cp_async_wait<0>();  // this thread's share of the query tile has landed
         __syncthreads();          // everyone's has; everyone is done with the tile before and has added its dQ
@@ -215,7 +215,7 @@ __device__ __forceinline__ void backward(const BackwardParams& params) {
             while (served != turn(visit)) served = ptx::load_acquire(turns(visit));
         }
         __syncthreads();  // P and dS are written; this block may add to dQ; of warps that exchange nothing, Q and dO are free
-        if (!Tiles::kExchange && kStages == 1 && next.head < params.group) load_queries(next, 0);
+        if (!Tiles::kExchange && kStages == 1 && next.head < repeats) load_queries(next, 0);
         if constexpr (Tiles::kExchange) {
             if (has_dv) {  // dV += P^T dO
                 multiply_shared<C, typename Tiles::O>(dV, shared.p, shared.d_o[stage], work.chunk * (C.block_dv / 16));
@@ -227,7 +227,7 @@ __device__ __forceinline__ void backward(const BackwardParams& params) {
             }
         }
         if (!(Tiles::kExchange && C.deterministic) && has_dk) add_dq(visit);
-        if (Tiles::kExchange && kStages == 1 && next.head < params.group) {
+        if (Tiles::kExchange && kStages == 1 && next.head < repeats) {
             __syncthreads();  // everyone is done with Q and dO
             load_queries(next, 0);
         }

@@ -67,7 +67,7 @@ __device__ __forceinline__ void multiply_tiles(Sum<C.dtype> (&S)[kM][kN][4], con
 }
 
 // Grid, fastest first: key tile, query tile, head and batch entry of dbias.
-template <BiasGradientConfig C>
+template <BiasGradientConfig C, class Mask = NoMask>
 __device__ __forceinline__ void bias_gradient(const BiasGradientParams& params) {
     using Tiles = BiasGradientTiles<C>;
     using Element = Storage<C.dtype>;
@@ -91,8 +91,9 @@ __device__ __forceinline__ void bias_gradient(const BiasGradientParams& params) 
     T sums[kM][kN][4];  // dbias^T
     clear(sums);
 
-    // One tile of scores: the queries from first_query on of one head against the keys of `work`.
-    const auto visit = [&](const KeyWork& work, const QueryTiles& tiles, int head, int first_query, bool new_keys) {
+    // One tile of scores: the queries from first_query on of one head against the keys of `work`; `masked`: a mask may hide
+    // some of them.
+    const auto visit = [&](const KeyWork& work, const QueryTiles& tiles, int head, int first_query, bool masked, bool new_keys) {
         __syncthreads();  // everyone is done with the tiles before
         if (new_keys) {
             const bool partial = work.key_begin < tiles.keys.begin || work.key_begin + C.block_n > tiles.keys.end;
@@ -126,9 +127,9 @@ __device__ __forceinline__ void bias_gradient(const BiasGradientParams& params) 
         multiply_tiles<C, typename Tiles::K, typename Tiles::Q>(S, shared.k, shared.q);      // S^T = K Q^T
         multiply_tiles<C, typename Tiles::V, typename Tiles::O>(dS, shared.v, shared.d_o);  // dP^T = V dO^T
         const int column = 2 * (lane % 4);
-        const ScoreRule<C, BackwardParams, true> rule(params, work, head, tiles.queries,
-                                                      work.key_begin + warp_key + lane / 4, column);
-        rule.apply(S, first_query, tiles.cut<C>(first_query, work.len_q));
+        const ScoreRule<C, BackwardParams, Mask, true> rule(params, work, head, tiles.queries,
+                                                            work.key_begin + warp_key + lane / 4, column);
+        rule.apply(S, first_query, masked || tiles.cut<C>({}, first_query, work.len_q));
         exponentiate(S, shared.lse + column, rule.multiplier());  // P^T = 2^(S^T - lse)
         differentiate(dS, S, NoSlope(), shared.delta + column);   // dS^T = P^T (dP^T - delta)
 #pragma unroll
@@ -149,10 +150,20 @@ __device__ __forceinline__ void bias_gradient(const BiasGradientParams& params) 
         for (int head = heads.begin; head < heads.end; ++head) {
             work.kv_head = head / params.group;
             for (work.key_begin = keys.begin; work.key_begin < keys.end; work.key_begin += C.block_n) {
-                const QueryTiles tiles = QueryTiles::of<C>(params, work);
+                const QueryTiles tiles = QueryTiles::of<C, Mask>(params, work);
                 const int begin = max(queries.begin, tiles.first * C.block_m);
                 const int end = min(queries.end, (tiles.first + tiles.count) * C.block_m);
-                for (int query = begin; query < end; query += C.block_m) visit(work, tiles, head, query, query == begin);
+                bool new_keys = true;
+                for (int query = begin; query < end; query += C.block_m) {
+                    Truth shown{true, false};
+                    if constexpr (C.mask) {
+                        shown = judge<Mask>(params, work, head, query, min(query + C.block_m, work.len_q), work.key_begin,
+                                            min(work.key_begin + C.block_n, work.len_k));
+                    }
+                    if (shown.none) continue;
+                    visit(work, tiles, head, query, !shown.all, new_keys);
+                    new_keys = false;
+                }
             }
         }
     }

@@ -5,7 +5,7 @@
 
 #include "attention/config.cuh"
 #include "attention/epilogue.cuh"
-#include "attention/key_tiles.cuh"
+#include "attention/listed_tiles.cuh"
 #include "attention/params.cuh"
 #include "attention/scores.cuh"
 #include "attention/settled.cuh"
@@ -21,6 +21,7 @@ namespace cuflash {
 template <ForwardConfig C>
 struct ForwardShared {
     using T = Storage<C.dtype>;
+    using Tiles = Conditional<C.mask, ListedKeyTiles, KeyTiles>;
     static constexpr bool kStaged = sizeof(T) == 2 && !C.split;  // whether O goes through shared memory
     static constexpr int kColumnsOfV = round_up(C.block_dv, sizeof(T) == 4 ? 32 : 16);  // where lanes read V by words
     union {
@@ -32,7 +33,7 @@ struct ForwardShared {
         T o[kStaged ? C.block_m * C.block_dv : 1];
     };
     Work work;
-    KeyTiles tiles;
+    Tiles tiles;
     const T* keys;    // first row of this sequence and head
     const T* values;  // the same, first column of this block's chunk
 };
@@ -46,13 +47,13 @@ struct Place {
 };
 
 // One thread finds out what the block computes.
-template <ForwardConfig C>
+template <ForwardConfig C, class Mask>
 __device__ __forceinline__ void locate(ForwardShared<C>& shared, const ForwardParams& params) {
     using T = Storage<C.dtype>;
     const Work work = decode_work<C>(params);
     const int kv_head = work.head / params.group;
     shared.work = work;
-    shared.tiles = KeyTiles::of<C>(params, work);
+    shared.tiles = ForwardShared<C>::Tiles::template of<C, Mask>(params, work);
     shared.keys = row_at(static_cast<const T*>(params.k), params.k_strides, work.batch_entry, work.k_start, kv_head);
     shared.values = row_at(static_cast<const T*>(params.v), params.v_strides, work.batch_entry, work.k_start, kv_head) +
                     work.chunk * C.block_dv;
@@ -80,7 +81,7 @@ __device__ __forceinline__ void store_results(const T (&O)[kM][kN][4], const T (
     }
 }
 
-template <ForwardConfig C>
+template <ForwardConfig C, class Mask = NoMask>
 __device__ __forceinline__ void forward(const ForwardParams& params) {
     constexpr int kThreads = 32 * C.num_warps, kStages = C.num_stages;
     constexpr int kM = C.block_m / (16 * C.num_warps);  // 16-row blocks of a warp
@@ -101,8 +102,8 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
     extern __shared__ __align__(128) unsigned char shared_memory[];
     auto& shared = *reinterpret_cast<Shared*>(shared_memory);
     const Work& work = shared.work;
-    const KeyTiles& tiles = shared.tiles;
-    if (ptx::thread_index() == 0) locate<C>(shared, params);
+    const typename Shared::Tiles& tiles = shared.tiles;
+    if (ptx::thread_index() == 0) locate<C, Mask>(shared, params);
     __syncthreads();  // work and tiles are known to everyone
     if (work.row_begin >= work.len_q) return;
 
@@ -168,6 +169,9 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
         __syncthreads();          // everyone's has; everyone is done with V(j-1), with two stages also K(j-1)
         if constexpr (kStages == 1) load_v(position);
         else load_next(position);
+        if constexpr (C.mask) {
+            if (ptx::thread_index() == 0) tiles.fetch(position + 2);
+        }
         ptx::cp_async_commit();
 
         T S[kM][2 * kN][4];
@@ -180,8 +184,8 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
         }
 
         const Place<kM> here;
-        const ScoreRule<C, ForwardParams> rule(params, work, work.head, tiles.keys,
-                                               work.row_begin + here.row + here.lane / 4, 2 * (here.lane % 4));
+        const ScoreRule<C, ForwardParams, Mask> rule(params, work, work.head, tiles.keys,
+                                                     work.row_begin + here.row + here.lane / 4, 2 * (here.lane % 4));
         rule.apply(S, tiles.tile(position) * C.block_n, position < tiles.cut_end());  // S = mask(softcap(S) + bias)
         softmax.update(S, O, rule.multiplier());  // S becomes P = 2^(S - m), O and l follow a grown m
         multiply_pv(S, position, here.lane);      // O += P V(j)

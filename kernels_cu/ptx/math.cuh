@@ -104,6 +104,15 @@ __device__ __forceinline__ u32 match_any(u32 value) {
     return lanes;
 }
 
+// The lanes of the warp in which `predicate` holds, a bit each.
+__device__ __forceinline__ u32 ballot(bool predicate) {
+    u32 lanes;
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %1, 0;\nvote.sync.ballot.b32 %0, p, 0xffffffff;\n}"
+                 : "=r"(lanes)
+                 : "r"(static_cast<u32>(predicate)));
+    return lanes;
+}
+
 // Value of lane `source`.
 __device__ __forceinline__ float shfl_idx(float x, int source) {
     float y;

@@ -3,6 +3,7 @@
 
 namespace cuflash {
 
+using u8 = unsigned char;
 using u16 = unsigned short;
 using u32 = unsigned int;
 using i64 = long long;

@@ -7,6 +7,7 @@ import pytest
 
 from cuflash.jit import compile_ptx
 from cuflash.jit.sources import sources
+from cuflash.masks.program import MAX_REALS, MAX_TABLES, MAX_WHOLES
 from cuflash.plan import backward_cost
 from cuflash.plan.config import (
     ELEMENT_NAMES,
@@ -18,6 +19,7 @@ from cuflash.plan.config import (
     GatherRowsConfig,
     KernelConfig,
     SortTokensConfig,
+    TileRowsConfig,
     VisibleRangesConfig,
 )
 from cuflash.plan.cost import shared_bytes
@@ -28,6 +30,7 @@ from cuflash.plan.params import (
     GATHER_ROWS_PARAMS,
     NO_BOUND,
     SORT_TOKENS_PARAMS,
+    TILE_LIST_PARAMS,
     VISIBLE_RANGES_PARAMS,
 )
 from cuflash.plan.shipped import shipped_configs
@@ -35,6 +38,7 @@ from cuflash.plan.shipped import shipped_configs
 RECORDS = {
     "ForwardParams": FORWARD_PARAMS,
     "BackwardParams": BACKWARD_PARAMS,
+    "TileListParams": TILE_LIST_PARAMS,
     "CombineParams": COMBINE_PARAMS,
     "SortTokensParams": SORT_TOKENS_PARAMS,
     "VisibleRangesParams": VISIBLE_RANGES_PARAMS,
@@ -44,12 +48,13 @@ CONFIGS = (
     ForwardConfig,
     BackwardConfig,
     BiasGradientConfig,
+    TileRowsConfig,
     CombineConfig,
     SortTokensConfig,
     VisibleRangesConfig,
     GatherRowsConfig,
 )
-MEMBER = re.compile(r"^\s+(?:const )?(\w+)(?: ?(\*))? ?(\*?)(\w+)(?:\[(\w+)\])?;", re.M)
+MEMBER = re.compile(r"^\s+(?:const )?(\w+)(?: ?(\*))? ?(\*?)(\w+)(?:\[([\w *]+)\])?;", re.M)
 
 
 def members(header: str, struct: str) -> list[re.Match]:
@@ -84,8 +89,10 @@ def values_of(includes: list[str], expressions: dict[str, str]) -> dict[str, int
 @pytest.mark.parametrize("config", CONFIGS)
 def test_configurations_have_the_same_fields(config):
     kinds = {"Element": "str", "int": "int", "bool": "bool"}
-    declared = [(m[4], kinds[m[1]]) for m in members("attention/config.cuh", config.__name__)]
-    assert declared == [(field.name, field.type) for field in fields(config)]
+    struct = "TileListConfig" if config is TileRowsConfig else config.__name__
+    declared = [(m[4], kinds[m[1]]) for m in members("attention/config.cuh", struct)]
+    # Of a mask a kernel knows whether there is one; its text is in the unit.
+    assert declared == [(f.name, "bool" if f.name == "mask" else f.type) for f in fields(config)]
 
 
 def test_element_names_are_in_the_order_of_the_enumeration():
@@ -118,7 +125,9 @@ def test_parameters_fit_into_a_launch():
 
 
 def test_constants_agree():
-    assert values_of(["attention/params.cuh"], {"splits": "cuflash::kMaxSplits"}) == {"splits": MAX_SPLITS}
+    sizes = {"kMaxSplits": MAX_SPLITS, "kMaxTables": MAX_TABLES, "kMaxWholes": MAX_WHOLES, "kMaxReals": MAX_REALS}
+    found = values_of(["attention/params.cuh"], {name: f"cuflash::{name}" for name in sizes})
+    assert found == sizes
     assert NO_BOUND == 2**31 - 1
 
 
