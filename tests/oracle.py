@@ -1,7 +1,8 @@
 """The one oracle of all tests: attention in float64 with every score in memory, and standard attention in a dtype.
 
 Written from the definition and independent of the product's code: plain loops over batch entries and heads,
-visibility as a boolean matrix. Arrays are NumPy arrays of any float dtype (ml_dtypes included).
+visibility as a boolean matrix: by causal and window, and what `seen`, which broadcasts to (batch, heads, seqlen_q,
+seqlen_k), leaves of it. Arrays are NumPy arrays of any float dtype (ml_dtypes included).
 """
 
 from __future__ import annotations
@@ -105,22 +106,28 @@ def _rank_4(*arrays: np.ndarray) -> list[np.ndarray]:
     return [{2: lambda x: x[None, :, None], 3: lambda x: x[None], 4: lambda x: x}[x.ndim](x) for x in arrays]
 
 
-def _attention(q, k, v, causal, window, bias, scale, softcap, fmt: _Format) -> Result:
+def _seen(shape: tuple[int, ...], causal, window, seen) -> np.ndarray:
+    """Boolean (batch, heads, seqlen_q, seqlen_k)."""
+    return np.broadcast_to(visible(*shape[2:], causal, window) & (True if seen is None else np.asarray(seen)), shape)
+
+
+def _attention(q, k, v, causal, window, seen, bias, scale, softcap, fmt: _Format) -> Result:
     missing = 4 - q.ndim
     q, k, v = (np.asarray(x).astype(fmt.compute) for x in _rank_4(q, k, v))
     batch, seqlen_q, heads, dim = q.shape
     seqlen_k, group = k.shape[1], heads // k.shape[2] if k.shape[2] else 1
     scale = dim**-0.5 if scale is None else scale
+    full = (batch, heads, seqlen_q, seqlen_k)
     if bias is not None:
-        bias = np.broadcast_to(np.asarray(bias), (batch, heads, seqlen_q, seqlen_k))
-    seen = visible(seqlen_q, seqlen_k, causal, window)
+        bias = np.broadcast_to(np.asarray(bias), full)
+    seen = _seen(full, causal, window, seen)
     out = np.zeros((batch, seqlen_q, heads, v.shape[3]), fmt.compute)
     lse = np.full((batch, heads, seqlen_q), -np.inf, fmt.compute)
     for b in range(batch):
         for h in range(heads):
             own = None if bias is None else bias[b, h].astype(fmt.compute)
             out[b, :, h], lse[b, h] = _one_head(
-                q[b, :, h], k[b, :, h // group], v[b, :, h // group], own, seen, scale, softcap, fmt
+                q[b, :, h], k[b, :, h // group], v[b, :, h // group], own, seen[b, h], scale, softcap, fmt
             )
     if missing >= 1:
         out, lse = out[0], lse[0]
@@ -129,12 +136,14 @@ def _attention(q, k, v, causal, window, bias, scale, softcap, fmt: _Format) -> R
     return Result(out, lse)
 
 
-def attention(q, k, v, *, causal=False, window=None, bias=None, scale=None, softcap=None) -> Result:
+def attention(q, k, v, *, causal=False, window=None, seen=None, bias=None, scale=None, softcap=None) -> Result:
     """Attention in float64; arguments mean what they mean in `cuflash.attention`."""
-    return _attention(q, k, v, causal, window, bias, scale, softcap, EXACT)
+    return _attention(q, k, v, causal, window, seen, bias, scale, softcap, EXACT)
 
 
-def standard(q, k, v, *, causal=False, window=None, bias=None, scale=None, softcap=None, dtype=None) -> Result:
+def standard(
+    q, k, v, *, causal=False, window=None, seen=None, bias=None, scale=None, softcap=None, dtype=None
+) -> Result:
     """Standard attention as a framework computes it in `dtype` (default q's): each result rounded to it.
 
     Products of 16-bit numbers are summed in float32. lse is not rounded below float32.
@@ -142,10 +151,10 @@ def standard(q, k, v, *, causal=False, window=None, bias=None, scale=None, softc
     dtype = np.dtype(q.dtype if dtype is None else dtype)
     compute = np.float64 if dtype == np.float64 else np.float32
     fmt = _Format(compute, lambda x: x.astype(dtype).astype(compute))
-    return _attention(q, k, v, causal, window, bias, scale, softcap, fmt)
+    return _attention(q, k, v, causal, window, seen, bias, scale, softcap, fmt)
 
 
-def _gradients(q, k, v, dout, dlse, causal, window, bias, scale, softcap, fmt: _Format) -> Gradients:
+def _gradients(q, k, v, dout, dlse, causal, window, seen, bias, scale, softcap, fmt: _Format) -> Gradients:
     shapes = q.shape, k.shape, v.shape
     q, k, v, dout = (np.asarray(x).astype(fmt.compute) for x in _rank_4(q, k, v, dout))
     batch, seqlen_q, heads, dim = q.shape
@@ -154,13 +163,13 @@ def _gradients(q, k, v, dout, dlse, causal, window, bias, scale, softcap, fmt: _
     dlse = np.zeros((batch, heads, seqlen_q)) if dlse is None else dlse.reshape(batch, heads, seqlen_q)
     full = (batch, heads, seqlen_q, seqlen_k)
     wide = None if bias is None else np.broadcast_to(bias, full).astype(fmt.compute)
-    seen = visible(seqlen_q, seqlen_k, causal, window)
+    seen = _seen(full, causal, window, seen)
     dq, dk, dv, ds = (np.zeros(shape, fmt.compute) for shape in (q.shape, k.shape, v.shape, full))
     for b in range(batch):
         for h in range(heads):
             own = None if wide is None else wide[b, h]
             dq[b, :, h], dk_h, dv_h, ds[b, h] = _one_head_gradients(
-                q[b, :, h], k[b, :, h // group], v[b, :, h // group], own, seen, scale, softcap,
+                q[b, :, h], k[b, :, h // group], v[b, :, h // group], own, seen[b, h], scale, softcap,
                 dout[b, :, h], dlse[b, h].astype(fmt.compute), fmt,
             )  # fmt: skip
             dk[b, :, h // group] += dk_h
@@ -176,20 +185,20 @@ def _sum_to(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def gradients(
-    q, k, v, dout, dlse=None, *, causal=False, window=None, bias=None, scale=None, softcap=None
+    q, k, v, dout, dlse=None, *, causal=False, window=None, seen=None, bias=None, scale=None, softcap=None
 ) -> Gradients:
     """Gradients of the sum of dout * out and dlse * lse in float64."""
-    return _gradients(q, k, v, dout, dlse, causal, window, bias, scale, softcap, EXACT)
+    return _gradients(q, k, v, dout, dlse, causal, window, seen, bias, scale, softcap, EXACT)
 
 
 def standard_gradients(
-    q, k, v, dout, dlse=None, *, causal=False, window=None, bias=None, scale=None, softcap=None, dtype=None
+    q, k, v, dout, dlse=None, *, causal=False, window=None, seen=None, bias=None, scale=None, softcap=None, dtype=None
 ) -> Gradients:
     """Gradients as a framework computes them for `standard` in `dtype`: each intermediate result rounded to it."""
     dtype = np.dtype(q.dtype if dtype is None else dtype)
     compute = np.float64 if dtype == np.float64 else np.float32
     fmt = _Format(compute, lambda x: x.astype(dtype).astype(compute))
-    return _gradients(q, k, v, dout, dlse, causal, window, bias, scale, softcap, fmt)
+    return _gradients(q, k, v, dout, dlse, causal, window, seen, bias, scale, softcap, fmt)
 
 
 def over_sequences(function: Callable[..., Result], q, k, v, cu_seqlens_q, cu_seqlens_k, **keywords) -> Result:

@@ -37,6 +37,23 @@ def test_rows_that_see_nothing_and_unseen_nan() -> None:
     assert oracle.attention(q[:1], k, v, window=(0, None)).out.tolist() == [[2]]
 
 
+def test_pairs_that_are_seen() -> None:
+    """A boolean array does what a bias of -inf does, head by head, together with a window; gradients too."""
+    rng = np.random.default_rng(1)
+    q, k, v, dout = (rng.standard_normal((2, n, h, 4)) for n, h in ((5, 4), (7, 2), (7, 2), (5, 4)))
+    for shape in ((5, 7), (4, 5, 7), (2, 1, 5, 7), (2, 4, 1, 7), (5, 1)):
+        seen = rng.random(shape) < 0.5
+        bias = np.where(seen, 0.0, -np.inf)
+        for keywords in ({}, {"causal": True}, {"window": (2, 1)}):
+            got, want = oracle.attention(q, k, v, seen=seen, **keywords), oracle.attention(q, k, v, bias=bias, **keywords)
+            for mine, other in zip(got, want, strict=True):
+                np.testing.assert_allclose(mine, other, atol=1e-12)
+            pair = (oracle.gradients(q, k, v, dout, **keywords, **{name: array}) for name, array in
+                    (("seen", seen), ("bias", bias)))  # fmt: skip
+            for mine, other in zip(*(gradients[:3] for gradients in pair), strict=True):
+                np.testing.assert_allclose(mine, other, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_planted_errors_are_found(dtype) -> None:
     rng = np.random.default_rng(0)
