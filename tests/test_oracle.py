@@ -45,7 +45,10 @@ def test_pairs_that_are_seen() -> None:
         seen = rng.random(shape) < 0.5
         bias = np.where(seen, 0.0, -np.inf)
         for keywords in ({}, {"causal": True}, {"window": (2, 1)}):
-            got, want = oracle.attention(q, k, v, seen=seen, **keywords), oracle.attention(q, k, v, bias=bias, **keywords)
+            got, want = (
+                oracle.attention(q, k, v, seen=seen, **keywords),
+                oracle.attention(q, k, v, bias=bias, **keywords),
+            )
             for mine, other in zip(got, want, strict=True):
                 np.testing.assert_allclose(mine, other, atol=1e-12)
             pair = (oracle.gradients(q, k, v, dout, **keywords, **{name: array}) for name, array in
