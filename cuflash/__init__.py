@@ -1,7 +1,7 @@
 """cuflash: exact, IO-aware attention for NumPy, CuPy and DLPack arrays, with no deep-learning framework.
 
 Public: `attention`, `attention_varlen`, `merge_states`, `vjp`, `emulate`, `Options`, the errors, and the modules
-`masks`, `reference`, `io_model` and `emulator`, which load when they are first used.
+`masks`, `sparse`, `reference`, `io_model` and `emulator`, which load when they are first used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cuflash.options import Options
 from cuflash.vjp import vjp
 
 if TYPE_CHECKING:
-    from cuflash import emulator, io_model, masks, reference
+    from cuflash import emulator, io_model, masks, reference, sparse
 
 __version__ = "0.1.0"
 
@@ -51,10 +51,11 @@ __all__ = [
     "masks",
     "merge_states",
     "reference",
+    "sparse",
     "vjp",
 ]
 
-_MODULES = ("emulator", "io_model", "masks", "reference")
+_MODULES = ("emulator", "io_model", "masks", "reference", "sparse")
 
 
 def __getattr__(name: str) -> Any:

@@ -136,18 +136,20 @@ def gather(
 ) -> NativeArray:
     """out[b, i, h] = source[b, order[b, h, i], h], zeros where the order says -1.
 
-    source and out (batch, tokens, heads, dim) of any element type, order (batch, heads, tokens of out).
+    source and out (batch, tokens, heads, dim) of any element type, order (batch, heads, tokens of out). Without `out`
+    the rows of a head are put side by side.
     """
+    if out is None:
+        out = empty(device, (*order.shape, source.shape[3]), source.dtype).transpose(0, 2, 1, 3)
+    if 0 in out.shape:
+        return out
     if device is None:
-        return _gather_on_cpu(source, order, out)
+        by_token = np.swapaxes(order, 1, 2)[..., None]
+        out[...] = np.where(by_token < 0, source.dtype.type(0), np.take_along_axis(source, by_token, axis=1))
+        return out
     with device.call() as call:
         if not layout(source).rows_contiguous:
             source = source.copy(order="C")
-        if out is None:
-            batch, heads, tokens = order.shape
-            out = device.empty((batch, heads, tokens, source.shape[3]), source.dtype).transpose(0, 2, 1, 3)
-        if 0 in out.shape:
-            return out
         layouts = layout(source), layout(out)
         prepared = _prepared(device, ("gather", *layouts), lambda: _prepare_gather(*layouts))
         addresses = {
@@ -157,6 +159,19 @@ def gather(
         }
         prepared.launch(GATHER_ROWS_PARAMS, addresses)
     return out
+
+
+def gather_numbers(device: Device | None, source: NativeArray, order: NativeArray) -> NativeArray:
+    """out[b, h, i] = source[b, h, order[b, h, i]], 0 where the order says -1: an lse (batch, heads, tokens)."""
+    return gather(device, source.transpose(0, 2, 1)[..., None], order).transpose(0, 2, 1, 3)[..., 0]
+
+
+def empty(device: Device | None, shape: tuple[int, ...], dtype: np.dtype) -> NativeArray:
+    """A C-contiguous native array."""
+    if device is None:
+        return np.empty(shape, dtype)
+    with device.call():
+        return device.empty(shape, dtype)
 
 
 def _prepare_gather(source: Layout, target: Layout) -> tuple[Launch, np.ndarray]:
@@ -169,16 +184,6 @@ def _prepare_gather(source: Layout, target: Layout) -> tuple[Launch, np.ndarray]
         record[f"{name}_strides"] = [stride // access if size > 1 else 0 for stride, size in strides]
     record["num_heads"], record["tokens"], record["columns"] = heads, tokens, columns
     return plan_gather(access, columns, batch * heads, tokens), record
-
-
-def _gather_on_cpu(source: np.ndarray, order: np.ndarray, out: np.ndarray | None) -> np.ndarray:
-    by_token = np.swapaxes(order, 1, 2)[..., None]
-    rows = np.take_along_axis(source, by_token, axis=1)
-    rows[np.broadcast_to(by_token < 0, rows.shape)] = 0
-    if out is None:
-        return rows
-    out[...] = rows
-    return out
 
 
 def _prepared(device: Device, asked: Hashable, prepare: Callable[[], tuple[Launch, np.ndarray]]) -> _Prepared:

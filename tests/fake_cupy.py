@@ -40,6 +40,9 @@ class ndarray:
     def copy(self, order: str) -> ndarray:
         return ndarray(self.host.copy(order), self.device_id)
 
+    def transpose(self, *axes: int) -> ndarray:
+        return ndarray(self.host.transpose(axes), self.device_id)
+
     def fill(self, value: float) -> None:
         self.host.fill(value)
 

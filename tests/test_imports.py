@@ -28,7 +28,7 @@ LAYERS = (
     ("arrays", "tile_lists"),
     ("packing",),
     ("forward",),
-    ("backward", "tokens"),
+    ("backward", "tokens", "hashing"),
     ("attention", "merge", "sparse"),
     ("",),  # cuflash itself
     ("cli",),
