@@ -254,7 +254,8 @@ class Expression:
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **keywords: Any) -> Expression:
         operation = _NUMPY_NAMES.get(ufunc.__name__, ufunc.__name__)
         if operation not in _BUILD or method != "__call__" or keywords:
-            raise TraceError(f"np.{ufunc.__name__} in a mask's function: must be one of {_known_functions()}")
+            name = ufunc.__name__ if method == "__call__" else f"{ufunc.__name__}.{method}"
+            raise TraceError(f"np.{name} in a mask's function: must be one of {_known_functions()}, without keywords")
         return apply(operation, *inputs)
 
     def __array_function__(self, function: Any, types: Any, inputs: Any, keywords: Any) -> Expression:

@@ -115,6 +115,7 @@ class Documents(Mask):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, _ids(name, value))
+        self._node  # noqa: B018  (makes the tables now, which reads the arrays' bounds)
 
     def _visible(self, at: Indices) -> Expression:
         if self.k_ids is None:
@@ -173,6 +174,7 @@ class PrefixLM(Mask):
         if array.ndim != 1:
             raise InvalidShapeError(f"length.shape = {array.shape}: must be (batch,)")
         object.__setattr__(self, "length", array)
+        self._node  # noqa: B018  (makes the table now, which reads the array's bounds)
 
     def _visible(self, at: Indices) -> Expression:
         length = self.length

@@ -42,6 +42,10 @@ class Table:
     fits: tuple[tuple[Axis, ...], ...] = ()
     owner: str = ""
 
+    def __post_init__(self) -> None:
+        if self.kind == "whole":
+            self.limits  # noqa: B018  (read now: a later call may be captured in a CUDA graph)
+
     def _identity(self) -> tuple[Any, ...]:
         return (address(self.array), self.array.shape, self.array.dtype, self.ascending)
 
@@ -192,7 +196,7 @@ def _table_dtype(name: str, array: Any) -> np.dtype:
         return np.dtype(np.float32)
     if kind not in "iu":
         raise InvalidDtypeError(f"{name}.dtype = {array.dtype}: must be bool, an integer or a float")
-    if not array.size or (NARROW.min <= int(array.min()) and int(array.max()) <= NARROW.max):
+    if np.can_cast(array.dtype, np.int32) or not array.size or (NARROW.min <= int(array.min()) and int(array.max()) <= NARROW.max):
         return np.dtype(np.int32)
     if int(array.max()) >= 2**63:
         raise InvalidDtypeError(f"{name}.dtype = {array.dtype}: its values must fit int64")

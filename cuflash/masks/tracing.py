@@ -156,17 +156,17 @@ class _Captures:
         first = function.__code__.co_argcount - len(defaults)
         new_defaults = tuple(map(self.replace, defaults, parameters[first:]))
         keywords = {name: self.replace(value, name) for name, value in (function.__kwdefaults__ or {}).items()}
-        new = FunctionType(
-            function.__code__, {**function.__globals__, **globals_}, function.__name__, new_defaults or None, cells
-        )
+        everything = {**function.__globals__, **globals_}
+        new = FunctionType(function.__code__, everything, function.__name__, new_defaults or None, cells)
         new.__kwdefaults__ = keywords or None
         return new
 
     def _cell(self, cell: CellType, name: str) -> CellType:
         try:
-            return CellType(self.replace(cell.cell_contents, name))
+            value = cell.cell_contents
         except ValueError:  # empty: a name that is bound later
             return cell
+        return CellType(self.replace(value, name))
 
 
 def _names(code: CodeType) -> set[str]:
