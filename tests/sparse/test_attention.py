@@ -1,4 +1,4 @@
-"""Hash-sparse and QK-sparse attention against the oracle with who sees whom as a bias."""
+"""Hash-sparse and QK-sparse attention against the oracle, which is told who sees whom."""
 
 from __future__ import annotations
 

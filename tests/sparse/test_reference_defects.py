@@ -11,8 +11,10 @@ import pytest
 import cuflash
 from cuflash import sparse, tokens
 from cuflash.masks.steps import Place
+from cuflash.plan.config import BackwardConfig, ForwardConfig
 from tests import oracle, tolerances
-from tests.sparse.cases import Case, Inputs, bias_of, hold, make, visible
+from tests.devices import EmulatedDevice
+from tests.sparse.cases import Case, Inputs, hold, make, visible
 
 # Tokens, buckets, tile, how much likelier a bucket's queries are at one end of the sequence than at the other; its keys
 # are likelier at the other end.
@@ -103,7 +105,7 @@ def test_every_pair_is_seen_and_no_tile_is_visited_for_nothing(layout: tuple[int
 def losing_inputs(name: str, dtype: str = "float32") -> tuple[Case, Inputs]:
     """Two heads of such a layout, of grouped queries."""
     length, buckets, *_ = LOSING[name]
-    case = Case(dtype, 1, length, length, 2, 1, 32, 32, buckets)
+    case = Case(dtype, 1, length, length, 2, 1, buckets=buckets)
     inputs = make(case)
     inputs.mark_q[0] = np.stack([hashes(LOSING[name], seed)[0] for seed in (0, 2)], axis=1)
     inputs.mark_k[0, :, 0] = hashes(LOSING[name])[1]
@@ -122,10 +124,55 @@ def test_gradients_on_such_layouts(device: Any, name: str) -> None:
     _, inputs = losing_inputs(name)
     dout = np.random.default_rng(1).standard_normal(inputs.q.shape, dtype=np.float32)
     got = device.run(lambda *a: cuflash.vjp(sparse.hash_sparse_attention, *a[:-1])[1](a[-1]), *inputs.arrays, dout)
-    arguments, bias = (inputs.q, inputs.k, inputs.v, dout), bias_of(visible(inputs))
-    want = oracle.gradients(*arguments, bias=bias)._replace(dbias=None)
-    standard = oracle.standard_gradients(*arguments, bias=bias)._replace(dbias=None)
+    arguments, seen = (inputs.q, inputs.k, inputs.v, dout), visible(inputs)
+    want, standard = (f(*arguments, seen=seen) for f in (oracle.gradients, oracle.standard_gradients))
     tolerances.assert_gradients(got, want, standard, "float32")
+
+
+def small_tiles(case: Case, tile: int) -> cuflash.Options:
+    """Kernels of one warp and tiles as small as those of the layouts."""
+    shared = {
+        "dtype": case.dtype, "bias_dtype": "none", "head_dim": case.head_dim, "head_dim_v": case.head_dim_v,
+        "block_m": tile, "block_n": tile, "block_dv": case.head_dim_v, "num_warps": tile // 16, "num_stages": 1,
+        "load_bytes": 16, "store_bytes": 16, "windowed": False, "softcapped": False, "varlen": False,
+    }  # fmt: skip
+    return cuflash.Options(
+        num_splits=1,
+        config=ForwardConfig(**shared, q_in_registers=False, split=False),
+        backward_config=BackwardConfig(**shared, block_d=case.head_dim, key_warps=tile // 16, deterministic=True),
+    )
+
+
+@pytest.mark.parametrize("kind", ["small", "few", "qk"])
+def test_kernels_visit_the_tiles_that_are_needed(kind: str) -> None:
+    """The bytes of keys that the forward kernel reads, and of queries that the backward kernel reads, are theirs."""
+    if kind == "qk":
+        tile, case = 16, Case("float16", 1, 250, 250, 2, 1, keep_q=0.3, keep_k=0.5)
+        inputs = make(case)
+    else:
+        tile, (case, inputs) = LOSING[kind][2], losing_inputs(kind, "float16")
+    device = EmulatedDevice()
+
+    def both(*arrays: Any) -> Any:
+        (out, lse), pullback = cuflash.vjp(case.function, *arrays, return_lse=True, options=small_tiles(case, tile))
+        return out, lse, pullback((out, lse))
+
+    out, lse, _ = device.run(both, *inputs.arrays)
+    hold(case, inputs, out, lse)
+    orders = [tokens.sort(None, marks) for marks in (inputs.mark_q, inputs.mark_k)]
+    row = case.head_dim * 2
+    of_keys = of_queries = 0
+    for head in range(case.num_heads):
+        seen = visible(inputs)[0, head][orders[0].order[0, head]][:, orders[1].order[0, 0]]
+        if kind == "qk":  # an order of -1 is that of a dropped token, which nobody sees
+            seen &= (orders[0].order[0, head] >= 0)[:, None] & (orders[1].order[0, 0] >= 0)
+        padding = [(0, -n % tile) for n in seen.shape]
+        q_tiles, k_tiles = np.nonzero(needed_tiles(np.pad(seen, padding), tile))
+        of_keys += sum(min(tile, case.seqlen_k - tile * j) for j in k_tiles) * row
+        of_queries += sum(min(tile, case.seqlen_q - tile * i) for i in q_tiles) * row
+    by_kernel = {report.kernel.removeprefix("cuflash_").partition("_d")[0]: report for report in device.launches}
+    assert by_kernel["forward"].read_by_array["k"] == by_kernel["forward"].read_by_array["v"] == of_keys
+    assert by_kernel["backward"].read_by_array["q"] == by_kernel["backward"].read_by_array["d_o"] == of_queries
 
 
 @pytest.mark.parametrize("kind", ["hash", "qk"])
