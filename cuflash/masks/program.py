@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
@@ -56,7 +56,7 @@ class Program:
         self.by_head = not names.isdisjoint(("head", "kv_head"))
         dtypes = tuple((table.array.dtype.str, table.array.ndim, table.ascending) for table in self.tables)
         self.structure: Hashable = (self.steps, dtypes)
-        self.key: Hashable = (self.structure, self.wholes, tuple(x.hex() for x in self.reals), self.tables)
+        self.key: tuple[Hashable, ...] = (self.structure, self.wholes, tuple(x.hex() for x in self.reals), self.tables)
         self._hash = hash(self.key)
         self._wide: dict[Lengths, bool] = {}
         self.kept: dict[Hashable, Any] = {}  # by devices: lists of tiles, tables brought there
@@ -94,16 +94,22 @@ class Program:
             self._wide[lengths] = analysis.is_wide(self, lengths)
         return self._wide[lengths]
 
-    def of_arrays(self, arrays: Iterable[Any]) -> Program:
+    def bind(self, *arrays: Any) -> Program:
         """The same program over other arrays, of the dtypes and numbers of axes of its tables.
 
-        For masks that every call makes anew, of which what one call prepares serves all: it is then asked for by this
-        program, and answered with that of the arrays. `bounds` of tables must hold for all of them.
+        For masks that every call makes anew: programs of one origin and arrays of the same shapes are equal, so that
+        what was prepared for one serves all. `bounds` of tables must hold for any arrays.
         """
-        other = copy(self)
-        other.tables = tuple(replace(table, array=array) for table, array in zip(self.tables, arrays, strict=True))
-        other.kept = {}
-        return other
+        bound = copy(self)
+        bound.tables = tuple(replace(t, array=array) for t, array in zip(self.tables, arrays, strict=True))
+        origin = self.key[1] if self.key[0] == "bound" else self.key
+        bound.key = ("bound", origin, tuple(array.shape for array in arrays))
+        bound._hash, bound._wide, bound.kept = hash(bound.key), {}, {}
+        return bound
+
+    def unbound(self) -> Program:
+        """An equal program that keeps no arrays alive: its tables have shapes and dtypes alone."""
+        return self.bind(*(np.broadcast_to(np.zeros((), t.array.dtype), t.array.shape) for t in self.tables))
 
     def visible(self, at: Indices) -> np.ndarray:
         """Truths of the pairs at these indices, arrays that broadcast together. The lengths must have been checked."""
