@@ -200,7 +200,7 @@ class RandomBlocks(Mask):
         if self.blocks_per_row is not None:
             set_whole(self, "blocks_per_row", 0)
         elif isinstance(self.share, bool) or not isinstance(self.share, int | float) or not 0 <= self.share <= 1:
-            raise InvalidValueError(f"share = {self.share!r}: must be 0 to 1")
+            raise InvalidValueError(f"share = {self.share!r}: must be a number, 0 to 1")
 
     @cached_property
     def matrix(self) -> np.ndarray:

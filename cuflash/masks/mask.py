@@ -15,6 +15,8 @@ from cuflash.masks.program import Program
 from cuflash.masks.steps import VARIABLES, Indices, Lengths, Place
 from cuflash.masks.tables import is_array
 
+LARGEST = 2**62  # a bound of arguments, so that sums of two fit int64
+
 
 class Mask:
     """Which keys each query sees. Immutable; `&`, `|` and `~` combine masks, `==` compares what they are made of.
@@ -44,7 +46,7 @@ class Mask:
 
     def _visible(self, at: Indices) -> Expression:
         """The truth of one pair, of expressions."""
-        raise TypeError(f"{type_name(self)} is abstract: use one of the masks of cuflash.masks")
+        raise InvalidTypeError(f"{type_name(self)} is abstract: use one of the masks of cuflash.masks")
 
     @cached_property
     def _node(self) -> Node:
@@ -235,6 +237,8 @@ def check_whole(name: str, value: object, least: int = 0, alternative: str = "")
     """The value as a Python int; `alternative` is what an error says that it may be instead."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
         raise InvalidTypeError(f"{name} = {value!r}: must be an integer >= {least}{alternative}")
-    if not least <= value < 2**62:
+    if value < least:
         raise InvalidValueError(f"{name} = {value}: must be >= {least}{alternative}")
+    if value >= LARGEST:
+        raise InvalidValueError(f"{name} = {value}: must be below 2**62{alternative}")
     return int(value)

@@ -213,6 +213,7 @@ class Dilated(Mask):
         for name in ("left", "right"):
             if getattr(self, name) is not None:
                 set_whole(self, name, 0, " or None")
+                check_whole(f"{name} * step", getattr(self, name) * self.step)
 
     def _visible(self, at: Indices) -> Expression:
         left, right = (None if side is None else side * self.step for side in (self.left, self.right))
@@ -243,7 +244,7 @@ class GlobalTokens(Mask):
 
     def __post_init__(self) -> None:
         if not is_array(self.tokens) or self.tokens.ndim == 0:
-            set_whole(self, "tokens", 0)
+            set_whole(self, "tokens", 0, " or an array of positions")
             return
         positions = own_array("tokens", self.tokens)
         if positions.dtype.kind != "i" or not isinstance(positions, np.ndarray):

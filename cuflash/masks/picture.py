@@ -24,6 +24,9 @@ def draw(mask: Mask, lengths: Lengths, batch: int, head: int, ax: Any) -> Any:
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
+    if not (lengths.seqlen_q and lengths.seqlen_k):
+        given = f"seqlen_q = {lengths.seqlen_q}, seqlen_k = {lengths.seqlen_k}"
+        raise InvalidValueError(f"{given}: must be >= 1 to be drawn")
     lengths = _all_entries(mask, lengths, batch, head)
     mask.program.check(lengths)
     place = Place(lengths.seqlen_q, lengths.seqlen_k, batch, head, head)

@@ -15,7 +15,6 @@ from cuflash.layout import address
 from cuflash.masks.expression import Expression, Kind, Node, as_node, whole
 
 MAX_AXES = 4
-NARROW = np.iinfo(np.int32)
 
 
 class Axis(NamedTuple):
@@ -196,8 +195,9 @@ def _table_dtype(name: str, array: Any) -> np.dtype:
         return np.dtype(np.float32)
     if kind not in "iu":
         raise InvalidDtypeError(f"{name}.dtype = {array.dtype}: must be bool, an integer or a float")
-    if np.can_cast(array.dtype, np.int32) or not array.size or (NARROW.min <= int(array.min()) and int(array.max()) <= NARROW.max):
+    if np.can_cast(array.dtype, np.int32) or not array.size:
         return np.dtype(np.int32)
-    if int(array.max()) >= 2**63:
+    low, high = int(array.min()), int(array.max())
+    if high >= 2**63:
         raise InvalidDtypeError(f"{name}.dtype = {array.dtype}: its values must fit int64")
-    return np.dtype(np.int64)
+    return np.dtype(np.int32 if low >= -(2**31) and high < 2**31 else np.int64)

@@ -145,20 +145,14 @@ class _Captures:
         return self._done[id(value)]
 
     def _function(self, function: FunctionType) -> FunctionType:
-        globals_ = {
-            name: self.replace(function.__globals__[name], name)
-            for name in _names(function.__code__)
-            if name in function.__globals__
-        }
-        cells = tuple(map(self._cell, function.__closure__ or (), function.__code__.co_freevars))
-        parameters = function.__code__.co_varnames
-        defaults = function.__defaults__ or ()
-        first = function.__code__.co_argcount - len(defaults)
-        new_defaults = tuple(map(self.replace, defaults, parameters[first:]))
-        keywords = {name: self.replace(value, name) for name, value in (function.__kwdefaults__ or {}).items()}
-        everything = {**function.__globals__, **globals_}
-        new = FunctionType(function.__code__, everything, function.__name__, new_defaults or None, cells)
-        new.__kwdefaults__ = keywords or None
+        code, scope = function.__code__, function.__globals__
+        globals_ = scope | {name: self.replace(scope[name], name) for name in _names(code) if name in scope}
+        cells = tuple(map(self._cell, function.__closure__ or (), code.co_freevars))
+        values = function.__defaults__ or ()
+        defaults = tuple(map(self.replace, values, code.co_varnames[code.co_argcount - len(values) :]))
+        new = FunctionType(code, globals_, function.__name__, defaults, cells)
+        keywords = function.__kwdefaults__ or {}
+        new.__kwdefaults__ = {name: self.replace(value, name) for name, value in keywords.items()}
         return new
 
     def _cell(self, cell: CellType, name: str) -> CellType:
