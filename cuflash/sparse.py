@@ -7,7 +7,6 @@ and the results are put back in order. Everything happens where the arrays are: 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -174,8 +173,6 @@ _OWN_AXES: dict[int, Any] = {4: ..., 3: 0, 2: (0, slice(None), 0)}
 _ALL_LSE_AXES: dict[int, Any] = {4: ..., 3: None, 2: (None, None)}
 _OWN_LSE_AXES: dict[int, Any] = {4: ..., 3: 0, 2: (0, 0)}
 
-_STAND_INS = np.zeros((2, 1), np.int32)  # for ranges, two places in memory
-
 
 class _Marks(NamedTuple):
     """What says who sees whom: arrays like q and k without their last axis, and a check of what they hold."""
@@ -306,27 +303,24 @@ class _Sorted(NamedTuple):
 def _sort(question: _Question) -> _Sorted:
     device = question.device
     by_q, by_k = (tokens.sort(device, marks) for marks in question.marks)
-    mask = _mask(*tokens.visible_ranges(device, by_q, by_k, question.shift))
+    mask = _RANGES.bind(*tokens.visible_ranges(device, by_q, by_k, question.shift))
     q = tokens.gather(device, question.q, by_q.order)
     k, v = (tokens.gather(device, array, by_k.order) for array in (question.k, question.v))
-    asked = question.asked._replace(mask=_any_mask(by_q.order.shape))
+    asked = question.asked._replace(mask=mask.unbound())  # what is prepared by it keeps no ranges alive
     return _Sorted(by_q, by_k, Operands(q, k, v, None, None, mask=mask), asked)
 
 
-@lru_cache(maxsize=256)
-def _any_mask(shape: tuple[int, ...]) -> Program:
-    """What the masks of all ranges of a shape have in common, so that one call prepares the launches of the next."""
-    return _mask(*(np.broadcast_to(stand_in, shape) for stand_in in _STAND_INS))
-
-
-def _mask(begin: NativeArray, end: NativeArray) -> Program:
-    """Of (batch, num_heads, seqlen_q) first keys and those past the last, both ascending."""
+def _ranges_mask() -> Program:
+    """Keys from `begin` to `end`, which lie by (batch, head, query) and ascend along the queries."""
     first, last = (
         Table(name, array, ascending=True, bounds=(0, tokens.NOWHERE))
-        for name, array in (("begin", begin), ("end", end))
+        for name, array in zip(("begin", "end"), np.zeros((2, 1, 1, 1), np.int32), strict=True)
     )
     query = at.batch, at.head, at.q
     return Program(((first[query] <= at.k) & (at.k < last[query])).node)
+
+
+_RANGES = _ranges_mask()  # traced once; every call has it over ranges of its own
 
 
 def _attend(question: _Question) -> Any:

@@ -37,11 +37,25 @@ class _Prepared(NamedTuple):
     kernel: Kernel
     words: np.ndarray
 
-    def launch(self, record: np.dtype, addresses: dict[str, int]) -> None:
-        words, at = self.words.copy(), records.address_words(record)
+    def launch(self, record: _Record, addresses: dict[str, int]) -> None:
+        words = self.words.copy()
         for name, address in addresses.items():
-            words[at[name]] = address
-        self.kernel(words.view(records.as_bytes(record)))
+            words[record.at[name]] = address
+        self.kernel(words.view(record.as_bytes))
+
+
+class _Record(NamedTuple):
+    """A parameter record as a launch fills and takes it."""
+
+    at: dict[str, int | slice]  # the words that hold addresses
+    as_bytes: np.dtype
+
+    @classmethod
+    def of(cls, params: np.dtype) -> _Record:
+        return cls(records.address_words(params), records.as_bytes(params))
+
+
+_SORT, _RANGES, _GATHER = map(_Record.of, (SORT_TOKENS_PARAMS, VISIBLE_RANGES_PARAMS, GATHER_ROWS_PARAMS))
 
 
 def sort(device: Device | None, source: NativeArray) -> Sorted:
@@ -60,7 +74,7 @@ def sort(device: Device | None, source: NativeArray) -> Sorted:
         if key_dtype.itemsize > 1:
             addresses["spare_keys"] = call.workspace(shape, key_dtype, "spare_keys")
             addresses["spare_order"] = call.workspace(shape, INT32, "spare_order")
-        prepared.launch(SORT_TOKENS_PARAMS, addresses)
+        prepared.launch(_SORT, addresses)
     return result
 
 
@@ -112,7 +126,7 @@ def visible_ranges(device: Device | None, q: Sorted, k: Sorted, shift: int) -> t
             "begin": call.write(begin, "begin"),
             "end": call.write(end, "end"),
         }
-        _prepared(device, asked, prepare).launch(VISIBLE_RANGES_PARAMS, addresses)
+        _prepared(device, asked, prepare).launch(_RANGES, addresses)
     return begin, end
 
 
@@ -157,7 +171,7 @@ def gather(
             "target": call.write(out, "target"),
             "order": call.read(order, "order"),
         }
-        prepared.launch(GATHER_ROWS_PARAMS, addresses)
+        prepared.launch(_GATHER, addresses)
     return out
 
 

@@ -91,10 +91,11 @@ def test_every_pair_is_seen_and_no_tile_is_visited_for_nothing(layout: tuple[int
     tile = layout[2]
     q_hash, k_hash = hashes(layout)
     by_q, by_k = (tokens.sort(None, x[None, :, None]) for x in (q_hash, k_hash))
-    begin, end = tokens.visible_ranges(None, by_q, by_k, 1)
+    begin, end = ranges = tokens.visible_ranges(None, by_q, by_k, 1)
     at = Layout.of(q_hash, k_hash)
     assert (end - begin).sum() == at.seen.sum()
-    verdicts = sparse._mask(begin, end).verdicts(Place(layout[0], layout[0]), tile, tile)
+    mask = sparse._RANGES.bind(*ranges)
+    verdicts = mask.verdicts(Place(layout[0], layout[0]), tile, tile)
     needed = needed_tiles(at.seen, tile)
     np.testing.assert_array_equal(verdicts > 0, needed)
     np.testing.assert_array_equal(verdicts == 2, needed & ~needed_tiles(~at.seen, tile))
