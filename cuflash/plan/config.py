@@ -338,7 +338,7 @@ class SortTokensConfig:
         return f"cuflash_sort_tokens_{8 * self.key_bytes}"
 
     def unit(self) -> str:
-        return _unit(self, "sort_tokens", f"__launch_bounds__({self.threads})", "SortTokens")
+        return _unit(self, "sort_tokens", f"__launch_bounds__({self.threads}, 2)", "SortTokens")
 
 
 @dataclass(frozen=True)

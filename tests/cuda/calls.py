@@ -40,8 +40,21 @@ def _gradients(q: cupy.ndarray, k: cupy.ndarray, v: cupy.ndarray, dout: cupy.nda
     return cuflash.vjp(cuflash.attention, q, k, v, causal=True)[1](dout)
 
 
+def _hash_sparse(q: cupy.ndarray, k: cupy.ndarray, v: cupy.ndarray, dout: cupy.ndarray) -> Arrays:
+    """Hashes are of the inputs: a replay sorts other ones."""
+    hashes = [(x[..., 0] > 0) + 2 * (x[..., 1] > 0).astype(cupy.int64) for x in (q, k)]
+    out, pullback = cuflash.vjp(cuflash.sparse.hash_sparse_attention, q, k, v, *hashes)
+    return (out, *pullback(dout))
+
+
+def _qk_sparse(q: cupy.ndarray, k: cupy.ndarray, v: cupy.ndarray, dout: cupy.ndarray) -> Arrays:
+    out, pullback = cuflash.vjp(cuflash.sparse.qk_sparse_attention, q, k, v, q[..., 0] > 0, k[..., 0] > 0.5)
+    return (out, *pullback(dout))
+
+
 CALLS: dict[str, Callable[..., Arrays]] = {
-    "attention": _attention, "split": _split, "packed": _packed, "gradients": _gradients,
+    "attention": _attention, "split": _split, "packed": _packed, "gradients": _gradients, "hash sparse": _hash_sparse,
+    "qk sparse": _qk_sparse,
 }  # fmt: skip
 
 

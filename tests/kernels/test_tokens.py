@@ -11,8 +11,9 @@ import pytest
 from cuflash import tokens
 from cuflash.device.emulated import EmulatedDevice
 from cuflash.errors import ConfigError
+from cuflash.jit import resources
 from cuflash.plan.config import GatherRowsConfig, SortTokensConfig, VisibleRangesConfig
-from cuflash.plan.tokens import GATHER_ROWS, SORT_WARPS
+from cuflash.plan.tokens import GATHER_ROWS, SORT_WARPS, plan_gather, plan_ranges, plan_sort
 
 HASHES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
 
@@ -205,6 +206,18 @@ def test_many_rows_of_a_thread() -> None:
     source = np.arange(1000, dtype=np.float64).reshape(1, 1000, 1, 1)
     np.testing.assert_array_equal(tokens.gather(device, source, order), source[:, ::-1])
     assert device.launches[-1].grid[0] == -(-1000 // (128 * GATHER_ROWS))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120"])
+def test_no_kernel_spills(arch: str) -> None:
+    launches = [
+        *(plan_sort(np.dtype(dtype), 1) for dtype in ("bool", "uint8", "int16", "int32", "int64")),
+        *(plan_ranges(size, 1, 100) for size in ELEMENTS),
+        *(plan_gather(access, 16, 1, 100) for access in (1, 2, 4, 8, 16)),
+    ]
+    for launch in launches:
+        used = resources(launch.config, arch)
+        assert used.spill_stores == used.spill_loads == used.stack == 0, (launch.config, used)
 
 
 @pytest.mark.parametrize(
