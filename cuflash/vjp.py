@@ -36,11 +36,11 @@ def vjp(function: Callable[..., Any], *arrays: Any, **keywords: Any) -> tuple[An
     Parameters
     ----------
     function : callable
-        `attention`, `attention_varlen`, `merge_states`, `reference.standard_attention` or
-        `reference.chunked_attention`.
+        `attention`, `attention_varlen`, `sparse.hash_sparse_attention`, `sparse.qk_sparse_attention`, `merge_states`,
+        `reference.standard_attention` or `reference.chunked_attention`.
     arrays : arrays
         What the function takes by position: q, k, v; of `attention_varlen` also cu_seqlens_q and cu_seqlens_k; of
-        `merge_states` outs and lses.
+        those of `sparse` two hashes or two truths; of `merge_states` outs and lses.
     keywords
         What the function takes by name. `out` must be None: the pullback keeps the result, which must not change.
 
