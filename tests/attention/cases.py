@@ -11,6 +11,8 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
 import numpy as np
 
 import cuflash
+from cuflash.masks import Mask
+from cuflash.masks.steps import Place
 from cuflash.plan.config import ELEMENT_BYTES, ForwardConfig
 from tests import oracle, tolerances
 
@@ -64,6 +66,7 @@ class Case:
     num_kv_heads: int = 1
     causal: bool = False
     window: tuple[int | None, int | None] | None = None
+    mask: Mask | None = None
     softcap: float | None = None
     scale: float | None = None
     bias: str = ""  # right-aligned with "bhqk"; a dot is an axis of one: "b..k" is (batch, 1, 1, seqlen_k)
@@ -90,6 +93,8 @@ class Case:
         if self.window is not None:
             parts.append("w" + "..".join("" if x is None else str(x) for x in self.window))
         parts += ["causal"] * self.causal
+        if self.mask is not None:
+            parts.append(repr(self.mask))
         if self.bias:
             parts.append(f"bias[{self.bias}]{self.bias_dtype}")
         for field in ("batch", "softcap", "scale", "values", "bias_values", "layout"):
@@ -114,8 +119,8 @@ def tiled(case: Case, num_splits: int = 1, **tile: Any) -> Case:
         "head_dim": case.head_dim, "head_dim_v": case.head_dim_v, "block_m": 64, "block_n": 32,
         "block_dv": -(-case.head_dim_v // 16) * 16, "num_warps": 4, "num_stages": 2, "q_in_registers": False,
         "load_bytes": 16, "store_bytes": 16 if num_splits == 1 else max(8, 2 * element),
-        "windowed": case.causal or case.window is not None, "softcapped": case.softcap is not None,
-        "varlen": case.packed, "split": num_splits > 1,
+        "windowed": case.mask is None and (case.causal or case.window is not None),
+        "softcapped": case.softcap is not None, "varlen": case.packed, "split": num_splits > 1,
     }  # fmt: skip
     precision = "tf32" if tile.get("dtype") == "tf32" else None
     config = ForwardConfig(**fields | tile)
@@ -228,7 +233,7 @@ def call(device: Any, case: Case, inputs: Inputs, **more: Any) -> tuple[np.ndarr
     arrays = [x[None] if case.packed else x for x in inputs[:3]]
     buffers = [embed(layout, x) for x in arrays]
     keywords = {
-        "causal": case.causal, "window": case.window, "softcap": case.softcap, "scale": case.scale,
+        "causal": case.causal, "window": case.window, "mask": case.mask, "softcap": case.softcap, "scale": case.scale,
         "options": None if device.name == "cpu" else case.options, "return_lse": True,
     }  # fmt: skip
     if case.packed:
@@ -254,7 +259,7 @@ def expected(case: Case, inputs: Inputs, function: Callable[..., oracle.Result],
     scale = case.scale if case.head_dim else 1.0  # any: there is nothing to scale
     keywords = {"causal": case.causal, "window": case.window, "softcap": case.softcap, "scale": scale, **more}
     if case.sequences is None:
-        return function(q, k, v, bias=bias, **keywords)
+        return function(q, k, v, bias=bias, seen=seen(case), **keywords)
     out = np.zeros((*q.shape[:2], v.shape[2]))
     lse = np.full((q.shape[1], q.shape[0]), -np.inf)
     full = None
@@ -263,8 +268,23 @@ def expected(case: Case, inputs: Inputs, function: Callable[..., oracle.Result],
     for i, (len_q, len_k) in enumerate(case.sequences):
         rows, columns = slice(q_edges[i], q_edges[i] + len_q), slice(k_edges[i], k_edges[i] + len_k)
         own = None if full is None else full[i : i + 1, :, :len_q, :len_k]
-        out[rows], lse[:, rows] = function(q[rows], k[columns], v[columns], bias=own, **keywords)
+        shown = seen(case, i)
+        out[rows], lse[:, rows] = function(q[rows], k[columns], v[columns], bias=own, seen=shown, **keywords)
     return oracle.Result(out, lse)
+
+
+def seen(case: Case, sequence: int = 0) -> np.ndarray | None:
+    """Pairs that the mask shows, bool, broadcasts to (batch, num_heads, seqlen_q, seqlen_k); packed: of a sequence."""
+    if case.mask is None:
+        return None
+    batch = np.arange(case.batch)[:, None, None, None]
+    lengths, starts = (case.seqlen_q, case.seqlen_k), (0, 0)
+    if case.sequences is not None:
+        batch, lengths = np.full((1, 1, 1, 1), sequence), case.sequences[sequence]
+        starts = tuple(sum(pair[i] for pair in case.sequences[:sequence]) for i in range(2))
+    heads = np.arange(case.num_heads)[:, None, None]
+    place = Place(*lengths, batch, heads, heads // (case.num_heads // case.num_kv_heads), *starts)
+    return case.mask.program.visible(place.indices(np.arange(lengths[0])[:, None], np.arange(lengths[1])))
 
 
 def hold_to_oracle(case: Case, inputs: Inputs, out: np.ndarray, lse: np.ndarray | None) -> None:

@@ -11,7 +11,8 @@ from ml_dtypes import finfo
 
 import cuflash
 from tests import oracle, tolerances
-from tests.attention.cases import LAYOUTS, Case, Inputs, _bias_lengths, embed, make
+from tests.attention import cases
+from tests.attention.cases import LAYOUTS, Case, Inputs, _bias_lengths, embed, make, seen
 from tests.devices import CpuDevice
 
 Cotangent = tuple[np.ndarray, np.ndarray]
@@ -40,7 +41,7 @@ def vjp(case: Case, inputs: Inputs, **more: Any) -> tuple[Any, Callable[[Any], t
 def _vjp(case: Case, q: Any, k: Any, v: Any, bias: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, **more: Any) -> Any:
     """The same of buffers of any kind of array."""
     views = [LAYOUTS[case.layout].view(x) for x in (q, k, v)]
-    keywords = {**scores_of(case), "bias": bias, "return_lse": True, **more}
+    keywords = {**scores_of(case), "mask": case.mask, "bias": bias, "return_lse": True, **more}
     if not case.packed:
         return cuflash.vjp(cuflash.attention, *views, **keywords)
     if case.bias:
@@ -68,7 +69,7 @@ def expected(
     q, k, v, bias, q_edges, k_edges = inputs
     keywords = {**scores_of(case), "scale": case.scale if case.head_dim else 1.0}
     if case.sequences is None:
-        return function(q, k, v, *cotangent, bias=bias, **keywords)
+        return function(q, k, v, *cotangent, bias=bias, seen=seen(case), **keywords)
     dq, dk, dv = (np.zeros(x.shape) for x in (q, k, v))
     full = (len(case.sequences), case.num_heads, *_bias_lengths(case))
     wide, dwide = None if bias is None else np.broadcast_to(bias, full), np.zeros(full)
@@ -76,7 +77,9 @@ def expected(
         rows, keys = slice(q_edges[i], q_edges[i] + len_q), slice(k_edges[i], k_edges[i] + len_k)
         own = None if wide is None else wide[i : i + 1, :, :len_q, :len_k]
         dout, dlse = cotangent[0][rows], cotangent[1][:, rows]
-        dq[rows], dk[keys], dv[keys], dbias = function(q[rows], k[keys], v[keys], dout, dlse, bias=own, **keywords)
+        dq[rows], dk[keys], dv[keys], dbias = function(
+            q[rows], k[keys], v[keys], dout, dlse, bias=own, seen=seen(case, i), **keywords
+        )
         if dbias is not None:
             dwide[i, :, :len_q, :len_k] = dbias
     return oracle.Gradients(dq, dk, dv, None if bias is None else oracle._sum_to(dwide, bias.shape))
@@ -89,7 +92,7 @@ def hold_to_oracle(case: Case, inputs: Inputs, cotangent: Cotangent, got: tuple[
     want = expected(case, inputs, cotangent, oracle.gradients)
     standard = expected(case, inputs, cotangent, oracle.standard_gradients)
     # In the precision of the sums P = exp(S - lse) errs by ulps of lse, dP - Δ by ulps of Δ.
-    out, lse = vjp(case, inputs)[0]
+    out, lse = cases.expected(case, inputs, oracle.attention)
     terms = (cotangent[0] * out).astype(float)  # of Δ
     ulps = 2 * sum(np.abs(x[np.isfinite(x)]).max(initial=0) for x in (lse, terms.sum(axis=-1)))
     if case.softcap:  # 1 - tanh² errs by an ulp of one, however small it is

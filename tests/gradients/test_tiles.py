@@ -22,8 +22,8 @@ def tiled(case: Case, deterministic: bool = True, **tile: Any) -> Case:
         "head_dim": case.head_dim, "head_dim_v": case.head_dim_v, "block_m": 32, "block_n": 64,
         "block_d": round_up(case.head_dim, 16), "block_dv": round_up(case.head_dim_v, 16), "num_warps": 4,
         "key_warps": 4, "num_stages": 2, "load_bytes": 16, "store_bytes": 16,
-        "windowed": case.causal or case.window is not None, "softcapped": case.softcap is not None,
-        "varlen": case.packed, "deterministic": deterministic,
+        "windowed": case.mask is None and (case.causal or case.window is not None),
+        "softcapped": case.softcap is not None, "varlen": case.packed, "deterministic": deterministic,
     }  # fmt: skip
     config = BackwardConfig(**fields | tile)
     return case.but(options=cuflash.Options(deterministic=deterministic, backward_config=config))
