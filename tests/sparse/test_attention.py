@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 import cuflash
 from cuflash import sparse
+from tests.devices import ALL_DTYPES, EmulatedDevice
 from tests.sparse.cases import Case, check, hold, make
 
 HASH = Case(buckets=5)
@@ -153,3 +156,44 @@ def test_names_of_buckets_do_not_matter(device: Any) -> None:
     out = device.run(sparse.hash_sparse_attention, *inputs.arrays)
     renamed = device.run(sparse.hash_sparse_attention, *inputs.arrays[:3], names[inputs.mark_q], names[inputs.mark_k])
     np.testing.assert_allclose(renamed, out, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_cases(device: Any, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    group, kv_heads = (int(n) for n in rng.integers(1, 4, 2))
+    seqlen_q, seqlen_k = (int(n) for n in rng.integers(1, 200, 2))
+    case = Case(
+        str(rng.choice(ALL_DTYPES)), int(rng.integers(1, 4)), seqlen_q, seqlen_q if seed % 3 else seqlen_k,
+        group * kv_heads, kv_heads, int(rng.integers(1, 81)), int(rng.integers(1, 81)),
+        int(rng.integers(1, 20)) * (seed % 2), float(rng.random() / 2), "int64", seed % 4 != 1,
+        float(rng.random()), float(rng.random()),
+    )  # fmt: skip
+    check(device, case, seed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("arch", ["sm_90", "sm_120"])
+def test_architectures(kind: str, arch: str) -> None:
+    check(EmulatedDevice(arch), KINDS[kind].of_length(150))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_splits", [2, 7])
+def test_split_keys(kind: str, num_splits: int) -> None:
+    case = KINDS[kind].of_length(300).but(batch=1)
+    inputs = make(case)
+    options = cuflash.Options(num_splits=num_splits)
+    out, lse = EmulatedDevice().run(case.function, *inputs.arrays, return_lse=True, options=options)
+    hold(case, inputs, out, lse)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_arrays_of_torch_and_jax(kind: str) -> None:
+    case = KINDS[kind].but(dtype="float32")
+    inputs = make(case)
+    want = case.function(*inputs.arrays)
+    for module, array in ((torch, torch.tensor), (jnp, jnp.asarray)):
+        out = case.function(*map(array, inputs.arrays))
+        assert type(out) is type(module.zeros(1))
+        np.testing.assert_array_equal(np.asarray(out), want)
