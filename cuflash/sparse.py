@@ -23,6 +23,7 @@ from cuflash.masks.program import Program
 from cuflash.masks.steps import VARIABLES as at
 from cuflash.masks.tables import Table
 from cuflash.options import Options
+from cuflash.plan.backward import check_gradient_shape
 from cuflash.vjp import Pullback, register
 
 __all__ = ["angular_hash", "hash_sparse_attention", "qk_sparse_attention"]
@@ -352,7 +353,10 @@ def _restored(
 
 def _differentiate(question: _Question) -> tuple[Any, Pullback]:
     """Cotangents are sorted as the queries are, gradients put back in the order of what they are gradients of."""
-    device, rank, by = question.device, question.rank, _sort(question)
+    device, rank, q, v = question.device, question.rank, question.q, question.v
+    if device is not None and min(q.shape[3], v.shape[3]) > 0:
+        check_gradient_shape(check.DTYPE_NAMES[q.dtype], q.shape[3], v.shape[3], device.arch)
+    by = _sort(question)
     out, lse, native_pullback = backward.run(device, by.operands, by.asked, None, question.options)
 
     def pullback(cotangent: Any) -> tuple[Any, ...]:

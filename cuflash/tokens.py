@@ -158,8 +158,10 @@ def gather(
     if 0 in out.shape:
         return out
     if device is None:
-        by_token = np.swapaxes(order, 1, 2)[..., None]
-        out[...] = np.where(by_token < 0, source.dtype.type(0), np.take_along_axis(source, by_token, axis=1))
+        for batch, head in np.ndindex(order.shape[:2]):
+            rows = source[batch, order[batch, head], head]
+            rows[order[batch, head] < 0] = 0
+            out[batch, :, head] = rows
         return out
     with device.call() as call:
         if not layout(source).rows_contiguous:

@@ -185,6 +185,11 @@ def test_limits_of_the_kernels() -> None:
         with pytest.raises(InvalidValueError, match=r"k_hash.strides = .* elements must be aligned to their 4 bytes"):
             sparse.hash_sparse_attention(x, x, x, marks, odd)
         assert device.launches == []
+    wide = np.ones((1, 2, 1, 300))
+    with cuflash.emulate("sm_86") as device:
+        with pytest.raises(InvalidShapeError, match=r"must be at most .* on sm_86; cast to a narrower dtype"):
+            cuflash.vjp(sparse.hash_sparse_attention, wide, wide, wide, marks, marks)
+        assert device.launches == []
 
 
 def test_kinds_of_arrays_do_not_mix() -> None:
