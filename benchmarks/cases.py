@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -43,9 +46,35 @@ class Case:
         return f"window {self.left},{self.right}"
 
     @property
-    def name(self) -> str:
+    def shape(self) -> str:
         heads = f"H{self.num_heads}" + (f"/{self.num_kv_heads}" if self.num_kv_heads != self.num_heads else "")
-        return f"B{self.batch} S{self.seqlen} {heads} D{self.head_dim} {self.dtype} {self.mask}"
+        return f"B{self.batch} S{self.seqlen} {heads} D{self.head_dim} {self.dtype}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape} {self.mask}"
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The function of cuflash that answers, given q, k, v, `marks` and `keywords`."""
+        from cuflash import attention
+
+        return attention
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        from cuflash import Options
+
+        keywords: dict[str, Any] = {"causal": self.left is None and self.right == 0}
+        if self.left is not None:
+            keywords["window"] = self.left, self.right
+        if self.dtype == "tf32":
+            keywords["options"] = Options(precision="tf32")
+        return keywords
+
+    def marks(self) -> tuple[np.ndarray, ...]:
+        """Arrays that say who sees whom."""
+        return ()
 
     @property
     def problem(self) -> Problem:
@@ -63,8 +92,13 @@ class Case:
             right=self.right,
         )
 
-    def visible(self, rows: slice = slice(None)) -> np.ndarray:
-        """(queries, seqlen) boolean, True where key j is visible to query i of `rows`."""
+    @property
+    def density(self) -> float:
+        """Share of the pairs that are visible."""
+        return self.problem.visible_pairs(self.seqlen, self.seqlen) / self.seqlen**2
+
+    def visible(self, rows: slice | np.ndarray = slice(None), head: int = 0) -> np.ndarray:
+        """(queries, seqlen) boolean, True where key j is visible to query i of `rows` in the last batch entry."""
         offset = np.arange(self.seqlen)[None, :] - np.arange(self.seqlen)[rows, None]
         left = self.seqlen if self.left is None else self.left
         right = self.seqlen if self.right is None else self.right
@@ -72,34 +106,42 @@ class Case:
 
     def inputs(self, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Standard normal q, k, v: zeros would let a chip draw less power and run faster than on real data."""
-        rng = np.random.default_rng(seed)
-        q_shape = (self.batch, self.seqlen, self.num_heads, self.head_dim)
-        kv_shape = (self.batch, self.seqlen, self.num_kv_heads, self.head_dim)
-        q, k, v = (rng.standard_normal(s, np.float32).astype(DTYPES[self.dtype]) for s in (q_shape, kv_shape, kv_shape))
-        return q, k, v
+        return _inputs(
+            self.batch, self.seqlen, self.num_heads, self.num_kv_heads, self.head_dim, DTYPES[self.dtype], seed
+        )
+
+
+@lru_cache(maxsize=1)  # the same for every mask and contender
+def _inputs(
+    batch: int, seqlen: int, heads: int, kv_heads: int, head_dim: int, dtype: np.dtype, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    shapes = ((batch, seqlen, n, head_dim) for n in (heads, kv_heads, kv_heads))
+    q, k, v = (rng.standard_normal(shape, np.float32).astype(dtype) for shape in shapes)
+    return q, k, v
 
 
 def sample_error(case: Case, inputs: tuple[np.ndarray, np.ndarray, np.ndarray], out: np.ndarray) -> float:
     """Largest |out - exact| over a sample of rows and heads, relative to the largest exact |o|."""
     rng = np.random.default_rng(1)
     rows = np.unique(np.concatenate([[0, case.seqlen - 1], rng.integers(0, case.seqlen, 30)]))
-    offset = np.arange(case.seqlen)[None, :] - rows[:, None]
-    left = case.seqlen if case.left is None else case.left
-    right = case.seqlen if case.right is None else case.right
     worst, largest = 0.0, 0.0
     for head in {0, case.num_heads - 1}:
         kv_head = head // (case.num_heads // case.num_kv_heads)
         q, k, v = (
-            a[case.batch - 1, :, h].astype(np.float64)
-            for a, h in zip(inputs, (head, kv_head, kv_head), strict=True)
+            a[case.batch - 1, :, h].astype(np.float64) for a, h in zip(inputs, (head, kv_head, kv_head), strict=True)
         )
-        scores = case.problem.scale * (q[rows] @ k.T)
-        scores[(offset < -left) | (offset > right)] = -np.inf
-        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-        exact = weights @ v / weights.sum(axis=1, keepdims=True)
+        exact = softmax(case.problem.scale * (q[rows] @ k.T), case.visible(rows, head)) @ v
         worst = max(worst, float(np.abs(out[case.batch - 1, rows, head].astype(np.float64) - exact).max()))
         largest = max(largest, float(np.abs(exact).max()))
     return worst / largest
+
+
+def softmax(scores: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    """Of the visible scores of each row; all 0 where there is none."""
+    scores = np.where(visible, scores, -np.inf)
+    weights = np.exp(scores - np.maximum(scores.max(axis=1, keepdims=True), np.finfo(scores.dtype).min))
+    return weights / np.maximum(weights.sum(axis=1, keepdims=True), 1)
 
 
 def parse_shape(text: str) -> tuple[int, int, int, int, int]:

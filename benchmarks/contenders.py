@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -72,16 +72,15 @@ def _installed(name: str) -> bool:
 
 def _cuflash(device: str) -> Callable[[Case, Inputs], Run]:
     def prepare(case: Case, inputs: Inputs) -> Run:
-        import cuflash
-
-        keywords = _keywords(case)
+        arrays: list[Any] = [*inputs, *case.marks()]
+        function, keywords = case.function, case.keywords
         if device == "cpu":
-            return Run(lambda: cuflash.attention(*inputs, **keywords), lambda out: None, np.asarray)
+            return Run(lambda: function(*arrays, **keywords), lambda out: None, np.asarray)
         import cupy
 
-        arrays = [cupy.asarray(a) for a in inputs]
+        arrays = [cupy.asarray(a) for a in arrays]
         return Run(
-            call=lambda: cuflash.attention(*arrays, **keywords),
+            call=lambda: function(*arrays, **keywords),
             wait=lambda out: cupy.cuda.Stream.null.synchronize(),
             to_numpy=cupy.asnumpy,
             on_null_stream=True,
@@ -90,36 +89,23 @@ def _cuflash(device: str) -> Callable[[Case, Inputs], Run]:
     return prepare
 
 
-def _keywords(case: Case) -> dict[str, Any]:
-    keywords: dict[str, Any] = {"causal": case.mask == "causal"}
-    if case.left is not None:
-        keywords["window"] = case.left, case.right
-    if case.dtype == "tf32":
-        from cuflash import Options
-
-        keywords["options"] = Options(precision="tf32")
-    return keywords
-
-
-def _cuflash_backward(
-    device: str, with_forward: bool, deterministic: bool = True
-) -> Callable[[Case, Inputs], Run]:
+def _cuflash_backward(device: str, with_forward: bool, deterministic: bool = True) -> Callable[[Case, Inputs], Run]:
     def prepare(case: Case, inputs: Inputs) -> Run:
         import cuflash
 
-        keywords = _keywords(case)
+        function, keywords = case.function, case.keywords
         if not deterministic:
             keywords["options"] = replace(keywords.get("options", cuflash.Options()), deterministic=False)
 
-        arrays: list[Any] = [*inputs, cotangent(inputs)]
+        arrays: list[Any] = [*inputs, *case.marks(), cotangent(inputs)]
         if device == "cuda":
             import cupy
 
             arrays = [cupy.asarray(a) for a in arrays]
-        *qkv, dout = arrays
+        *operands, dout = arrays
 
         def differentiate() -> Any:
-            return cuflash.vjp(cuflash.attention, *qkv, **keywords)[1]
+            return cuflash.vjp(function, *operands, **keywords)[1]
 
         pullback = differentiate()
         call = (lambda: differentiate()(dout)) if with_forward else (lambda: pullback(dout))
@@ -137,14 +123,18 @@ def _cuflash_backward(
 
 def _torch_contenders(device: str) -> Iterator[Contender]:
     for name, backend in _torch_backends(device).items():
-        yield Contender(name, version("torch"), lambda case, inputs, b=backend: _torch_run(case, inputs, device, b))
+
+        def prepare(case: Case, inputs: Inputs, backend: Any = backend) -> Run:
+            return torch_run(inputs, device, _torch_attention(case, device, backend))
+
+        yield Contender(name, version("torch"), prepare)
 
 
 def _torch_backward_contenders(device: str, with_forward: bool) -> Iterator[Contender]:
     for name, backend in _torch_backends(device).items():
 
         def prepare(case: Case, inputs: Inputs, backend: Any = backend) -> Run:
-            return _torch_backward_run(case, inputs, device, backend, with_forward)
+            return torch_backward_run(inputs, device, _torch_attention(case, device, backend), with_forward)
 
         yield Contender(name, version("torch"), prepare)
 
@@ -159,10 +149,11 @@ def _torch_backends(device: str) -> dict[str, Any]:
     return backends
 
 
-def _torch_run(case: Case, inputs: Inputs, device: str, backend: Any) -> Run:
+def torch_run(inputs: Inputs, device: str, attend: Callable[..., Any]) -> Run:
+    """The run of a function of q, k, v as views (batch, heads, seqlen, head_dim)."""
     import torch
 
-    attend, arrays = _torch_attention(case, inputs, device, backend)
+    arrays = _torch_views(inputs, device)
 
     def call() -> Any:
         with torch.inference_mode():
@@ -171,13 +162,14 @@ def _torch_run(case: Case, inputs: Inputs, device: str, backend: Any) -> Run:
     return Run(call, _torch_wait(device), _torch_to_numpy, on_null_stream=device == "cuda")
 
 
-def _torch_backward_run(case: Case, inputs: Inputs, device: str, backend: Any, with_forward: bool) -> Run:
+def torch_backward_run(inputs: Inputs, device: str, attend: Callable[..., Any], with_forward: bool) -> Run:
+    """The same of its gradients."""
     import torch
 
-    attend, arrays = _torch_attention(case, inputs, device, backend)
+    arrays = _torch_views(inputs, device)
     for array in arrays:
         array.requires_grad_()
-    dout = _to_torch(cotangent(inputs)).to(device).transpose(1, 2)
+    (dout,) = _torch_views((cotangent(inputs),), device)
     out = attend(*arrays)
 
     def call() -> Any:
@@ -190,14 +182,14 @@ def _torch_backward_run(case: Case, inputs: Inputs, device: str, backend: Any, w
     return Run(call, _torch_wait(device), to_numpy, on_null_stream=device == "cuda")
 
 
-def _torch_attention(case: Case, inputs: Inputs, device: str, backend: Any) -> tuple[Callable[..., Any], list[Any]]:
-    """torch's attention with the backend, and q, k, v as views (batch, heads, seqlen, head_dim)."""
+def _torch_attention(case: Case, device: str, backend: Any) -> Callable[..., Any]:
+    """torch's attention with the backend."""
     import torch
     from torch.nn.attention import sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
     torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
-    mask = None if case.left is None else torch.from_numpy(case.visible()).to(device)
+    mask = None if case.mask in ("full", "causal") else torch.from_numpy(case.visible()).to(device)
 
     def attend(q: Any, k: Any, v: Any) -> Any:
         with sdpa_kernel(backend):
@@ -205,7 +197,11 @@ def _torch_attention(case: Case, inputs: Inputs, device: str, backend: Any) -> t
                 q, k, v, attn_mask=mask, is_causal=case.mask == "causal", enable_gqa=case.num_heads != case.num_kv_heads
             )
 
-    return attend, [_to_torch(a).to(device).transpose(1, 2) for a in inputs]
+    return attend
+
+
+def _torch_views(arrays: Sequence[np.ndarray], device: str) -> list[Any]:
+    return [_to_torch(array).to(device).transpose(1, 2) for array in arrays]
 
 
 def _torch_wait(device: str) -> Callable[[Any], None]:

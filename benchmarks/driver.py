@@ -23,12 +23,13 @@ CPU_MASKS, GPU_MASKS = ["full", "causal", "window=512,0"], ["full", "causal"]
 HOST_SHAPE = (1, 64, 1, 1, 64)  # so small that a call costs the host alone
 
 
-def parser(name: str, description: str) -> argparse.ArgumentParser:
+def parser(name: str, description: str, masks: bool = True) -> argparse.ArgumentParser:
     parse = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     parse.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parse.add_argument("--dtype", nargs="+", choices=("float16", "bfloat16", "float32", "tf32", "float64"))
     parse.add_argument("--shapes", nargs="+", help="batch,seqlen,heads,head_dim[,kv_heads]")
-    parse.add_argument("--masks", nargs="+", help="full, causal or window=left,right")
+    if masks:
+        parse.add_argument("--masks", nargs="+", help="full, causal or window=left,right")
     parse.add_argument("--contenders", nargs="+", help="names to run; all by default")
     parse.add_argument("--repeats", type=int, help="samples per contender and case")
     parse.add_argument("--threads", type=int, help="CPU threads of every contender")
@@ -38,9 +39,7 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace, name: str) -> int:
     """Measure the pass `name` of `benchmarks.passes`; the exit code says whether cuflash answered every case."""
-    if args.threads is not None:  # before NumPy loads its BLAS
-        for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-            os.environ[variable] = str(args.threads)
+    set_threads(args.threads)
     from rich.console import Console
 
     from benchmarks import report
@@ -53,12 +52,19 @@ def main(args: argparse.Namespace, name: str) -> int:
     return 1 if any("failure" in row and row["contender"] == "cuflash" for row in results["results"]) else 0
 
 
+def set_threads(threads: int | None) -> None:
+    """Before NumPy loads its BLAS."""
+    if threads is not None:
+        for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+            os.environ[variable] = str(threads)
+
+
 def run(args: argparse.Namespace, what: Pass, console: Console) -> dict[str, Any]:
     """Every case and contender that `args` asks for, as the content of the JSON file."""
     from benchmarks import machine
     from benchmarks.cases import Case, parse_mask, parse_shape
 
-    device = _device(args.device)
+    device = device_of(args.device)
     cuda = device == "cuda"
     dtypes = args.dtype or ["bfloat16" if cuda else "float32"]
     shapes = [parse_shape(s) for s in args.shapes or (GPU_SHAPES if cuda else CPU_SHAPES)]
@@ -81,7 +87,7 @@ def run(args: argparse.Namespace, what: Pass, console: Console) -> dict[str, Any
     }
 
 
-def _device(name: str) -> str:
+def device_of(name: str) -> str:
     """ "auto" as "cuda" where CuPy finds a GPU, else "cpu"."""
     if name != "auto":
         return name
@@ -121,9 +127,7 @@ def _measure(
     return results
 
 
-def checked(
-    what: Pass, case: Case, contenders: list[Contender]
-) -> tuple[list[dict[str, Any]], dict[str, Run]]:
+def checked(what: Pass, case: Case, contenders: list[Contender]) -> tuple[list[dict[str, Any]], dict[str, Run]]:
     """A row for every contender, and the runs of those whose answer is right."""
     inputs = case.inputs()
     rows, runs = [], {}

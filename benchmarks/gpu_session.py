@@ -40,6 +40,7 @@ def steps(folder: Path) -> dict[str, list[str]]:
         "golden": [*python, "-m", "tests.golden.record", str(folder)],
         "tests": [*python, "-m", "pytest", *pytest, "--durations=20", "tests"],
         "benchmark": [*python, "-m", "benchmarks.forward", "--device", "cuda", "--output", str(folder)],
+        "sparse": [*python, "-m", "benchmarks.sparse", "--device", "cuda", "--output", str(folder)],
         "configurations": [*python, "-m", "benchmarks.configurations", "--output", str(folder)],
         "first call": [*python, "-m", "benchmarks.first_call", "--output", str(folder)],
         "memcheck": [*sanitizer, "--tool", "memcheck", *sanitized],

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import contenders
-from benchmarks.cases import ERROR_LIMITS, Case, sample_error
+from benchmarks.cases import ERROR_LIMITS, Case, sample_error, softmax
 from benchmarks.contenders import Contender, Inputs
 from cuflash.io_model import compulsory_bytes, useful_flops
 from cuflash.problem import Problem
@@ -66,14 +66,16 @@ def _exact_gradients(case: Case) -> _Exact:
         dq = np.empty((case.seqlen, case.head_dim))
         for begin in range(0, case.seqlen, CHUNK):
             rows = slice(begin, begin + CHUNK)
-            scores = np.where(case.visible(rows), case.problem.scale * (q[rows, head] @ k[:, -1].T), -np.inf)
-            p = np.exp(scores - scores.max(axis=1, keepdims=True))
-            p /= p.sum(axis=1, keepdims=True)
-            dp = dout[rows, head] @ v[:, -1].T
+            visible = case.visible(rows, head)
+            seen = np.union1d(np.flatnonzero(visible.any(axis=0)), sample)  # the other keys have no part in anything
+            keys, values = k[seen, -1], v[seen, -1]
+            p = softmax(case.problem.scale * (q[rows, head] @ keys.T), visible[:, seen])
+            dp = dout[rows, head] @ values.T
             ds = case.problem.scale * p * (dp - (p * dp).sum(axis=1, keepdims=True))
-            dq[rows] = ds @ k[:, -1]
-            dk += ds[:, sample].T @ q[rows, head]
-            dv += p[:, sample].T @ dout[rows, head]
+            dq[rows] = ds @ keys
+            sampled = np.searchsorted(seen, sample)
+            dk += ds[:, sampled].T @ q[rows, head]
+            dv += p[:, sampled].T @ dout[rows, head]
         samples.append(dq[sample])
         largest = max(largest, float(np.abs(dq).max()))
     return _Exact(sample, np.stack(samples, 1), largest, dk, dv)
