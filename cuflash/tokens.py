@@ -159,7 +159,7 @@ def gather(
         return out
     if device is None:
         for batch, head in np.ndindex(order.shape[:2]):
-            rows = source[batch, order[batch, head], head]
+            rows = source[batch, :, head][order[batch, head]]
             rows[order[batch, head] < 0] = 0
             out[batch, :, head] = rows
         return out
