@@ -10,8 +10,10 @@ import pytest
 
 from cuflash import tokens
 from cuflash.device.emulated import EmulatedDevice
+from cuflash.emulator import Device
 from cuflash.errors import ConfigError
-from cuflash.jit import resources
+from cuflash.jit import compile_ptx, resources
+from cuflash.layout import Layout
 from cuflash.plan.config import GatherRowsConfig, SortTokensConfig, VisibleRangesConfig
 from cuflash.plan.tokens import GATHER_ROWS, SORT_WARPS, plan_gather, plan_ranges, plan_sort
 
@@ -198,6 +200,28 @@ def test_gather_reads_no_row_that_is_dropped() -> None:
     order = np.array([[[-1, 2, -1, 0, -1]]], np.int32)
     out = tokens.gather(EmulatedDevice("sm_80"), source, order)
     assert out[0, :, 0, 0].tolist() == [0, 1, 0, 1, 0]
+
+
+def test_gather_from_offsets_past_32_bits() -> None:
+    """Rows 2^32 elements behind the source's address; those before do not exist."""
+    start, stride, count = 2**14, 2**18, 5
+    far, near = ((1, n, 1, 8) for n in (start + count, count))
+    dtype = np.dtype(np.float16)
+    layouts = Layout(far, (0, 2 * stride, 0, 2), dtype, 0), Layout(near, (0, 16, 0, 2), dtype, 0)
+    launch, record = tokens._prepare_gather(*layouts)
+    rows = np.random.default_rng(0).standard_normal((count, 8)).astype(dtype)
+    buffer = np.empty((count - 1) * stride + 8, dtype)
+    spaced = np.lib.stride_tricks.as_strided(buffer, rows.shape, (2 * stride, 2))
+    spaced[...] = rows
+    device = Device("sm_80")
+    held = device.to_device(spaced, name="source"), device.empty(rows.shape, rows.dtype, name="target")
+    order = device.to_device(np.arange(start, start + count, dtype=np.int32), name="order")
+    record["source"], record["target"], record["order"] = (
+        held[0].pointer - 2 * start * stride, held[1].pointer, order.pointer
+    )  # fmt: skip
+    kernel = device.load(compile_ptx(launch.config, "sm_80")).kernel(launch.config.entry)
+    kernel.launch(launch.grid, launch.block, (record,), shared_bytes=0)
+    np.testing.assert_array_equal(held[1].to_host(), rows)
 
 
 def test_many_rows_of_a_thread() -> None:
