@@ -203,8 +203,8 @@ def test_gather_reads_no_row_that_is_dropped() -> None:
 
 
 def test_gather_from_offsets_past_32_bits() -> None:
-    """Rows 2^32 elements behind the source's address; those before do not exist."""
-    start, stride, count = 2**14, 2**18, 5
+    """Rows 2^35 elements behind the source's address; those before do not exist."""
+    start, stride, count = 2**17, 2**18, 5  # 2^32 accesses of 16 bytes
     far, near = ((1, n, 1, 8) for n in (start + count, count))
     dtype = np.dtype(np.float16)
     layouts = Layout(far, (0, 2 * stride, 0, 2), dtype, 0), Layout(near, (0, 16, 0, 2), dtype, 0)
@@ -217,7 +217,7 @@ def test_gather_from_offsets_past_32_bits() -> None:
     held = device.to_device(spaced, name="source"), device.empty(rows.shape, rows.dtype, name="target")
     order = device.to_device(np.arange(start, start + count, dtype=np.int32), name="order")
     record["source"], record["target"], record["order"] = (
-        held[0].pointer - 2 * start * stride, held[1].pointer, order.pointer
+        (held[0].pointer - 2 * start * stride) % 2**64, held[1].pointer, order.pointer
     )  # fmt: skip
     kernel = device.load(compile_ptx(launch.config, "sm_80")).kernel(launch.config.entry)
     kernel.launch(launch.grid, launch.block, (record,), shared_bytes=0)
