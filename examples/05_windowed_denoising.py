@@ -195,7 +195,7 @@ def print_tiles(orders: list[Order], features: np.ndarray, values: np.ndarray) -
     print(f"\n{f'tiles of {tile[0]} queries x {tile[1]} keys':44}{'visited':>10}{'share':>9}{'keys, values':>14}")
     counts = [every, *(visible_tiles(order, *tile) for order in orders)]
     for name, count in zip(["all pixels seen", *(f"pixels {order.name}" for order in orders)], counts, strict=True):
-        print(f"{'tiles, ' + name:44}{count:10,}{count / every:9.2%}{count * tile[1] * row_bytes / 1e9:11.3f} GB")
+        print(f"{'tiles, ' + name:44}{count:10}{count / every:9.2%}{count * tile[1] * row_bytes / 1e9:11.3f} GB")
     return counts[1:]
 
 

@@ -15,16 +15,30 @@ from benchmarks import (
     contenders,
     driver,
     first_call,
+    flex,
     forward,
     gpu_session,
     machine,
     measure,
     memory,
     report,
+    sparse,
+    sparse_cases,
 )
 from benchmarks.passes import PASSES
 
 CASE = cases.Case(2, 65, 4, 2, 16, "float32", None, 0)
+SPARSE_SHAPE = (2, 320, 4, 2, 16, "float32")
+MASKED_CASES = [
+    sparse_cases.MaskedCase(*SPARSE_SHAPE, pattern="random", amount=2),
+    sparse_cases.MaskedCase(*SPARSE_SHAPE, pattern="window", amount=37),
+    sparse_cases.MaskedCase(*SPARSE_SHAPE, pattern="butterfly", amount=32),
+]
+SPARSE_CASES = [
+    *MASKED_CASES,
+    sparse_cases.HashCase(*SPARSE_SHAPE, buckets=4),
+    sparse_cases.KeptCase(*SPARSE_SHAPE, dropped=40),
+]
 
 
 @pytest.fixture
@@ -89,6 +103,53 @@ def test_a_wrong_gradient_is_not_timed(which):
     rows, runs = driver.checked(PASSES["backward"], CASE, [contenders.Contender("off", "0", prepare)])
     assert runs == {}
     assert rows[0]["failure"].startswith("wrong: error")
+
+
+@pytest.mark.parametrize("what", PASSES.values(), ids=lambda what: what.name)
+@pytest.mark.parametrize("case", SPARSE_CASES, ids=lambda case: case.mask)
+def test_every_contender_answers_the_same_sparse_question(case, what):
+    found = sparse.contenders(what, case, "cpu")
+    rows, runs = driver.checked(what, case, found)
+    assert list(runs) == [contender.name for contender in found], rows
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("case", MASKED_CASES, ids=lambda case: case.mask)
+def test_flex_attention_answers_the_same_question(case):
+    rows, runs = driver.checked(PASSES["forward"], case, [flex.contender("cpu", "forward", compiled=False)])
+    assert list(runs) == ["torch flex"], rows
+
+
+@pytest.mark.parametrize("case", SPARSE_CASES, ids=lambda case: case.mask)
+def test_density_of_sparse_cases(case):
+    shares = [case.visible(head=head).mean() for head in range(case.num_heads)]
+    assert np.mean(shares) == pytest.approx(case.density, abs=0.01)  # that of random tokens is an expectation
+
+
+def test_another_mask_is_not_timed():
+    def prepare(case, inputs):
+        other = sparse_cases.MaskedCase(*SPARSE_SHAPE, pattern="window", amount=36)
+        return contenders.find("cpu")[0].prepare(other, inputs)
+
+    rows, runs = driver.checked(PASSES["forward"], MASKED_CASES[1], [contenders.Contender("off", "0", prepare)])
+    assert runs == {}
+    assert rows[0]["failure"].startswith("wrong: error")
+
+
+def test_sparse_writes_figures_for_every_setting(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "PAUSE", 0)
+    arguments = ["--device", "cpu", "--shapes", "1,512,2,8", "--contenders", "cuflash", sparse.LISTS]
+    assert sparse.main([*arguments, "--repeats", "1", "--output", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "sparse.json").read_text())["results"]
+    assert {row["setting"] for row in results} == set(sparse.SETTINGS)
+    for row in results:
+        assert row["seconds"]["least"] > 0
+        assert row["of_dense"] > 0
+        assert (row["contender"] == sparse.DENSE) == (row["of_dense"] == 1)
+        assert ("lists" in row) == (row["contender"] == sparse.LISTS)
+    assert len({row["case"] for row in results if row["setting"] == "scfa"}) == 13
+    assert (tmp_path / "sparse.png").read_bytes().startswith(b"\x89PNG")
+    assert "density: B1 S512 H2 D8 float32, backward" in capsys.readouterr().out
 
 
 def test_a_wrong_answer_is_not_timed():

@@ -220,10 +220,83 @@ def test_jax_adapter() -> None:
     np.testing.assert_allclose(mapped, jax.grad(loss)(q, k, v, bias), rtol=1e-6)
 
 
+def test_windowed_denoising(tmp_path: Path) -> None:
+    result = run_example("05_windowed_denoising.py", tmp_path, "--device", "cpu", "--crop", "64", "--radius", "6")
+    noisy = printed(result, "PSNR noisy")
+    attention = printed(result, "PSNR attention to the neighbourhood")
+    assert 20.0 < noisy < 20.4
+    assert attention > noisy + 6
+    assert abs(attention - printed(result, "PSNR neighbour by neighbour")) < 2e-3
+    assert printed(result, "largest difference of a pixel, of 255") < 0.05
+    tiles = {name: printed(result, f"tiles, pixels {name}") for name in ("row by row", "in blocks of 8 x 16")}
+    assert tiles["in blocks of 8 x 16"] < tiles["row by row"] < printed(result, "tiles, all pixels seen")
+    check_picture(tmp_path / "windowed.png", panels=5)
+
+
+def test_windowed_denoising_in_float16_on_the_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On ragged sides, so that blocks stand out past the edges; a host stands in for CuPy's memory."""
+    example = load_example("05_windowed_denoising.py")
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(asarray=np.asarray, asnumpy=np.asarray))
+    noisy = example.load_picture("chelsea", crop=24)[:21, :19]
+    features, values, _ = example.features_of(noisy, np.float16)
+    direct, own = example.by_shifts(features, values, noisy.shape, 3, 0.05)
+    attend = example.on_device(features, values, 0.05, "cuda")
+    with cuflash.emulate("sm_80"):
+        for block in ((1, 19), (8, 8), (8, 16)):
+            out, weights = attend(example.order_of(21, 19, 3, *block))
+            assert np.abs(out - direct).max() < 2 / 255
+            assert np.abs(weights / own - 1).max() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--sigma", "-1"), "--sigma -1.0: must be > 0"),
+        (("--radius", "0"), "--radius 0: must be at least 1"),
+        (("--crop", "4"), "--crop 4: must be 0 or at least 16"),
+    ],
+)
+def test_windowed_denoising_refuses(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    result = run_example("05_windowed_denoising.py", tmp_path, *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_long_sequences(tmp_path: Path) -> None:
+    result = run_example("06_long_sequences.py", tmp_path, "--device", "cpu", "--lengths", "2048", "512", "1024")
+    assert result.returncode == 0, result.stderr
+    for name in ("window", "butterfly", "hash", "kept"):
+        assert printed(result, f"speedup at the longest, {name}") > 0
+        assert re.search(rf"^crossover, {name} +(below |above |)[\d,]+ tokens$", result.stdout, re.MULTILINE)
+    rows = re.findall(r"^ +(512|1,024|2,048)((?: +\d+\.\d+){5})$", result.stdout, re.MULTILINE)
+    assert [length for length, _ in rows] == 2 * ["512", "1,024", "2,048"]
+    check_picture(tmp_path / "long_sequences.png", panels=2)
+
+
+def test_crossover() -> None:
+    crossover = load_example("06_long_sequences.py").crossover
+    assert crossover([256, 512, 1024], [1.0, 4.0, 16.0], [2.0, 4.0, 8.0]).split() == ["512", "tokens"]
+    assert crossover([256, 1024], [1.0, 16.0], [2.0, 8.0]).split() == ["512", "tokens"]
+    assert crossover([256, 512], [1.0, 4.0], [0.5, 1.0]) == "below 256 tokens"
+    assert crossover([256, 512], [1.0, 4.0], [0.5, 5.0]) == "above 512 tokens"
+
+
+def test_long_sequences_refuses(tmp_path: Path) -> None:
+    result = run_example("06_long_sequences.py", tmp_path, "--lengths", "0", "64")
+    assert result.returncode == 2
+    assert "--lengths 0: must be at least 1" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_example_is_run_here() -> None:
     assert EXAMPLES == [
         "01_denoise_photo.py",
         "02_kernel_regression.py",
         "03_train_language_model.py",
         "04_torch_and_jax.py",
+        "05_windowed_denoising.py",
+        "06_long_sequences.py",
     ]
