@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from typing import Any
 
 import jax.numpy as jnp
@@ -147,6 +148,15 @@ def test_one_bucket_is_causal_attention(device: Any) -> None:
     causal, causal_lse = device.run(cuflash.attention, inputs.q, inputs.k, inputs.v, causal=True, return_lse=True)
     np.testing.assert_allclose(out.astype(float), causal.astype(float), atol=2e-3)
     np.testing.assert_allclose(lse, causal_lse, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [sparse.hash_sparse_attention, sparse.qk_sparse_attention])
+def test_docstrings_run(function: Any) -> None:
+    runner = doctest.DocTestRunner()
+    for test in doctest.DocTestFinder().find(function, globs={}):
+        runner.run(test)
+    assert runner.tries > 0
+    assert runner.failures == 0
 
 
 def test_names_of_buckets_do_not_matter(device: Any) -> None:
