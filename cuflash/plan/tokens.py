@@ -28,9 +28,13 @@ def plan_ranges(key_bytes: int, pairs: int, len_q: int) -> Launch:
 
 def plan_gather(access_bytes: int, columns: int, pairs: int, tokens: int) -> Launch:
     """The move of `tokens` rows of each (batch, head), of `columns` accesses each."""
-    lanes = min(32, 1 << (columns - 1).bit_length())
-    config = GatherRowsConfig(access_bytes, lanes, GATHER_ROWS, GATHER_WARPS)
-    return _launch(config, pairs * -(-tokens // (config.threads // lanes * config.rows)))
+    config = GatherRowsConfig(access_bytes, lanes_of_row(columns), GATHER_ROWS, GATHER_WARPS)
+    return _launch(config, pairs * -(-tokens // (config.threads // config.lanes * config.rows)))
+
+
+def lanes_of_row(columns: int) -> int:
+    """Threads that share a row of so many accesses."""
+    return min(32, 1 << (columns - 1).bit_length())
 
 
 def _launch(config: SortTokensConfig | VisibleRangesConfig | GatherRowsConfig, blocks: int) -> Launch:

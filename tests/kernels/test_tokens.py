@@ -12,10 +12,11 @@ from cuflash import tokens
 from cuflash.device.emulated import EmulatedDevice
 from cuflash.emulator import Device
 from cuflash.errors import ConfigError
+from cuflash.io_model.tokens import gather_traffic, sort_traffic
 from cuflash.jit import compile_ptx, resources
 from cuflash.layout import Layout
 from cuflash.plan.config import GatherRowsConfig, SortTokensConfig, VisibleRangesConfig
-from cuflash.plan.tokens import GATHER_ROWS, SORT_WARPS, plan_gather, plan_ranges, plan_sort
+from cuflash.plan.tokens import GATHER_ROWS, plan_gather, plan_ranges, plan_sort
 
 HASHES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
 
@@ -97,25 +98,19 @@ def test_sort_by_keep(share: float) -> None:
         np.testing.assert_array_equal(got.inverse[batch, head, kept], np.arange(len(kept)))
 
 
-def test_bytes_of_a_sort() -> None:
+@pytest.mark.parametrize(
+    ("dtype", "span"), [("bool", 2), ("uint8", 256), ("int16", 256), ("uint64", 60), ("int64", 2**40)]
+)
+def test_bytes_of_a_sort(dtype: str, span: int) -> None:
     """Digits that all keys share cost no pass: a hash of int64 with few values is read three times and written once."""
     device = EmulatedDevice("sm_80")
-    pairs, length = 4, 1000
-    per_thread = 32 * SORT_WARPS * 8 * pairs  # every thread reads the first key
-    tokens.sort(device, hashes("uint64", (2, length, 2), 64))
-    few = device.launches[-1]
-    assert few.read_by_array == {"source": 3 * 8 * pairs * length + per_thread}
-    assert few.written_by_array == {
-        "keys": 8 * pairs * length,
-        "order": 4 * pairs * length,
-        "inverse": 4 * pairs * length,
-    }
-    tokens.sort(device, hashes("uint64", (2, length, 2), 60_000))
-    two_digits = device.launches[-1]
-    assert two_digits.global_written == few.global_written + 12 * pairs * length
-    assert two_digits.global_read == few.global_read + (2 * 8 + 4) * pairs * length
-    tokens.sort(device, np.ones((2, length, 2), bool))
-    assert device.launches[-1].global_read == 2 * pairs * length
+    source = np.random.default_rng(0).integers(0, span, (2, 1000, 3)).astype(dtype)
+    tokens.sort(device, source)
+    digits = max(1, (span - 1).bit_length() // 8)
+    want = sort_traffic(6, 1000, source.itemsize, digits)
+    report = device.launches[-1]
+    assert report.read_by_array == want.read
+    assert report.written_by_array == want.written
 
 
 def brute_ranges(q: np.ndarray, k: np.ndarray, shift: int, keep: bool) -> np.ndarray:
@@ -163,12 +158,9 @@ def test_gather(size: int, dim: int) -> None:
     np.testing.assert_array_equal(tokens.gather(None, source, order), want)
     device = EmulatedDevice("sm_80")
     np.testing.assert_array_equal(tokens.gather(device, source, order), want)
-    report = device.launches[-1]
-    assert report.written_by_array == {"target": want.nbytes}
-    assert report.read_by_array["source"] == (order >= 0).sum() * dim * size
-    access = int(np.gcd(16, dim * size))
-    lanes = min(32, 1 << (dim * size // access - 1).bit_length())
-    assert report.read_by_array["order"] == order.nbytes * lanes
+    traffic = gather_traffic(order.size, int((order >= 0).sum()), dim * size, int(np.gcd(16, dim * size)))
+    assert device.launches[-1].read_by_array == traffic.read
+    assert device.launches[-1].written_by_array == traffic.written
 
 
 @pytest.mark.parametrize(
