@@ -72,7 +72,7 @@ class CopyQueue:
         if group.size > 1:
             group = lanes.flat(group, mask)
         thread = lanes.flat(lanes.rows * (machine.warps * 32) + lanes.tid, mask)
-        record = Pending(thread, offsets, data, size, group.reshape(-1))
+        record = Pending(thread, offsets, data, size, np.array(group).reshape(-1))  # commits go on counting in place
         if not self.late:
             self._write(record)
         self.pending.append(record)

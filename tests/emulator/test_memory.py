@@ -339,6 +339,26 @@ def test_lanes_wait_for_their_own_groups() -> None:
         assert result["y"].tolist() == [[0, i, i + 32 + i][i % 3] for i in range(32)]
 
 
+def test_a_group_of_lanes_that_commit_apart() -> None:
+    """A copy belongs to the group that was open when it was issued, however its warp's lanes commit afterwards."""
+    source = """
+    extern "C" __global__ void kernel(const int* x, int* y) {
+      __shared__ __align__(16) int s[3][32]; int i = threadIdx.x;
+      for (int k = 0; k < 3; k++) {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::
+          "r"((unsigned)__cvta_generic_to_shared(&s[k][i])), "l"(x + k * 32 + i) : "memory");
+        if (i % 4 == 0) asm volatile("cp.async.commit_group; // one" ::: "memory");
+        else asm volatile("cp.async.commit_group; // other" ::: "memory");
+      }
+      asm volatile("cp.async.wait_group 0;" ::: "memory");
+      y[i] = s[0][i] + s[1][i] + s[2][i];
+    }
+    """
+    x = np.arange(96, dtype=np.int32)
+    result, _ = run_cuda(source, {"x": x, "y": np.empty(32, np.int32)}, outputs=("y",))
+    assert result["y"].tolist() == [3 * i + 96 for i in range(32)]
+
+
 LAUNCHES = {
     "block = 1025: must be": {"block": 1025},
     "compiled for at most 128": {"block": 129},
