@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy loads its BLAS: pytest's workers share the cores
@@ -16,6 +17,9 @@ hypothesis.settings.register_profile("cuflash", deadline=None, derandomize=True,
 hypothesis.settings.load_profile("cuflash")
 
 DEFAULT_DEVICES = ("cpu", "emulated")
+
+# Translated kernels are many objects that stay: to look through them again and again took a tenth of the time.
+gc.set_threshold(100_000)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
