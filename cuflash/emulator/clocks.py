@@ -23,7 +23,7 @@ class Clocks:
     """Intervals of every warp of a batch, and which of them are ordered before which warp.
 
     time : (blocks, warps); seen : (blocks, warps, warps); limit : (blocks, 1, 1), every interval below it is seen by
-        all warps;
+        all warps; lowest: the least of them;
     fenced : what each warp knew at its last release; published : (blocks, warps) what strong accesses carry; heard :
         what each warp will know after its next acquire.
     """
@@ -31,7 +31,7 @@ class Clocks:
     def __init__(self, blocks: int, warps: int) -> None:
         self.time = np.ones((blocks, warps), np.int32)
         self.seen = np.zeros((blocks, warps, warps), np.int32)
-        self.limit = np.ones((blocks, 1, 1), np.int32)
+        self.limit, self.lowest = np.ones((blocks, 1, 1), np.int32), 1
         self.fenced, self.heard = np.zeros_like(self.seen), np.zeros_like(self.seen)
         self.published = np.zeros((blocks, warps), np.int32)
         self.accesses = 0
@@ -55,6 +55,7 @@ class Clocks:
         self.seen[...] = together[:, None, :]
         self.time += 1
         self.limit = together.min(1)[:, None, None] + 1
+        self.lowest = int(self.limit.min())
 
     def arrive(self, rows: np.ndarray, warps: np.ndarray) -> np.ndarray:
         """Warps end an interval; what each of them then knows, (n, warps). rows, warps : (n,), each warp once."""
@@ -67,6 +68,7 @@ class Clocks:
         """Warps learn; known : (n, warps)."""
         self.seen[rows, warps] = np.maximum(self.seen[rows, warps], known)
         self.limit[rows] = self.seen[rows].min((1, 2))[:, None, None] + 1
+        self.lowest = int(self.limit.min())
 
     # --- flags
 

@@ -46,6 +46,7 @@ class Lanes(WarpOperations):
             self.warp = np.arange(machine.warps)[None, :, None]
             self.shape = (self.rows.shape[0], machine.warps, 32)
         self.size = self.shape[0] * self.shape[1] * 32
+        self.lane = LANE
         self.copies = machine.copies
         self.threads = self.size if mask is None else int(np.count_nonzero(mask))
         self.warp_count = self.size // 32
@@ -101,6 +102,16 @@ class Lanes(WarpOperations):
             np.copyto(part, source, where=self.mask[:, 0, :] if flat else self.mask)
             old[where] = part
 
+    def of_blocks(self, values: np.ndarray) -> np.ndarray:
+        """Of values (blocks, 1, 1) those of the selection, (n, 1, 1)."""
+        return values if self.blocks is None and self.warps is None else values[self.rows[:, 0, 0]]
+
+    def of_warps(self, values: np.ndarray) -> np.ndarray:
+        """Of values (blocks, warps) those of the selection, (n, warps or 1, 1)."""
+        if self.warps is not None:
+            return values[self.warps][:, None, None]
+        return (values if self.blocks is None else values[self.blocks])[:, :, None]
+
     # --- masks and faults
 
     def active(self, guard: np.ndarray | None) -> np.ndarray | None:
@@ -109,7 +120,7 @@ class Lanes(WarpOperations):
             return self.mask
         if np.ndim(guard) == 0 or guard.size == 1:
             return self.mask if np.all(guard) else NOBODY
-        mask = np.broadcast_to(guard, self.shape)
+        mask = self.wide(guard)
         if self.mask is not None:
             mask = mask & self.mask
         if mask.all():
@@ -118,11 +129,15 @@ class Lanes(WarpOperations):
 
     def pick(self, value: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         """Values of the masked lanes as one axis; without a mask, the value as it is."""
-        return value if mask is None else np.broadcast_to(value, self.shape)[mask]
+        return value if mask is None else self.wide(value)[mask]
+
+    def wide(self, value: np.ndarray) -> np.ndarray:
+        """A value for every lane, of shape `shape`."""
+        return value if value.shape == self.shape else np.broadcast_to(value, self.shape)
 
     def flat(self, value: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         """Values of all active lanes as one axis."""
-        value = np.broadcast_to(value, self.shape)
+        value = self.wide(value)
         return value.reshape(-1) if mask is None else value[mask]
 
     def spread(self, values: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -144,8 +144,12 @@ class Machine:
                     self.owned[k] = False
         else:
             result = code.function(lanes, self.parameters, *[lanes.get(registers[k]) for k in code.ins])
-        for k, value in zip(code.outs, result, strict=False):
-            lanes.put(registers, self.owned, k, value)
+        if lanes.mask is None and lanes is self.whole:
+            for k, value in zip(code.outs, result, strict=False):
+                registers[k], self.owned[k] = value, False
+        else:
+            for k, value in zip(code.outs, result, strict=False):
+                lanes.put(registers, self.owned, k, value)
         self.counters.executed(code, lanes)
         self.watch.ran.add(code.block.index)
         return result[len(code.outs) :]

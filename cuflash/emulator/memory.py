@@ -25,6 +25,9 @@ WINDOWS = {"global": 0, "const": 0, "shared": SHARED_WINDOW, "local": LOCAL_WIND
 NOBODY = np.zeros(0, bool)  # a mask of no lanes
 
 
+WORDS = {width: np.dtype(f"u{width}") for width in (1, 2, 4, 8)}
+
+
 def words(state: int, width: int) -> np.integer:
     """The state byte repeated over an access of 1 to 8 bytes."""
     return np.frombuffer(bytes([state]) * width, f"u{width}")[0]
@@ -33,19 +36,19 @@ def words(state: int, width: int) -> np.integer:
 def word_view(data: np.ndarray, width: int) -> tuple[np.ndarray, int]:
     """A byte array as unsigned words of at most 8 bytes, and how many of them an access of `width` bytes has."""
     size = min(width, 8)
-    return data[: len(data) // size * size].view(f"u{size}"), width // size
+    return data.view(WORDS[size]), width // size
 
 
 def gather(data: np.ndarray, offsets: np.ndarray, dtype: np.dtype, count: int) -> tuple:
     """`count` consecutive elements at each byte offset, each as an array shaped like offsets."""
-    view = data[: len(data) // dtype.itemsize * dtype.itemsize].view(dtype)
+    view = data.view(dtype)
     index = offsets >> (dtype.itemsize.bit_length() - 1)
     return tuple(view.take(index + k if k else index) for k in range(count))
 
 
 def scatter(data: np.ndarray, offsets: np.ndarray, dtype: np.dtype, values: tuple) -> None:
     """The opposite of gather; of two lanes that write the same place the last wins."""
-    view = data[: len(data) // dtype.itemsize * dtype.itemsize].view(dtype)
+    view = data.view(dtype)
     index = offsets >> (dtype.itemsize.bit_length() - 1)
     for k, value in enumerate(values):
         view[index + k if k else index] = value
@@ -77,7 +80,7 @@ class FlatSpace:
 
     def check(self, lanes: Lanes, site: int, address: np.ndarray, width: int, mask: np.ndarray | None) -> None:
         """Raise OutOfBounds or Misaligned for offsets (int64, picked by mask) that this space does not have."""
-        if address.max() + width > self.size or address.min() < 0:
+        if address.view(np.uint64).max() + width > self.size:  # of what is negative, too
             bad = (address + width > self.size) | (address < 0)
             flat = np.reshape(address, -1)
             raise lanes.fault(

@@ -75,7 +75,7 @@ class Watch:
     def _everyone_ran(self) -> bool:
         machine = self.machine
         if machine.uniform is not None:
-            return True
+            return bool(self.ran)  # none has if lanes only came together
         live = (machine.pc < EXIT) & (machine.barriers.waiting < 0)[:, :, None]
         return bool((machine.last_turn[live] > self.since).all())
 

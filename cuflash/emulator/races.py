@@ -161,8 +161,7 @@ class History:
                 raise self._uninitialized(lanes, site, offsets, written == NEVER, wide, mask)
             return
         self.clocks.accesses += 1
-        limit = lanes.pick(self.clocks.limit[lanes.rows[:, 0, 0]], mask)
-        if not (written < ((limit[..., None] if wide else limit) << THREAD_BITS)).all():
+        if written.max() >= self.clocks.lowest << THREAD_BITS and not self._seen(lanes, written, wide, mask):
             if written.max() == NEVER:
                 raise self._uninitialized(lanes, site, offsets, written == NEVER, wide, mask)
             unseen = self._weak(pieces, written, strong)
@@ -170,13 +169,17 @@ class History:
         if not strong:
             self._note_read(lanes, site, pieces, wide, mask, together)
 
+    def _seen(self, lanes: Lanes, written: np.ndarray, wide: bool, mask: np.ndarray | None) -> bool:
+        """Whether all warps of a block have seen all these writes."""
+        limit = lanes.pick(lanes.of_blocks(self.clocks.limit), mask) << THREAD_BITS
+        return bool((written < (limit[..., None] if wide else limit)).all())
+
     def _note_read(
         self, lanes: Lanes, site: int, pieces: np.ndarray, wide: bool, mask: np.ndarray | None, together: bool
     ) -> None:
         together = together or (mask is None and np.shape(pieces)[2] == 1)  # one address for the whole warp
-        warp, lane = lanes.warp, lanes.tid & 31
-        now = self.clocks.time[lanes.rows[:, :, 0], lanes.warp[:, :, 0]][:, :, None] << LANE_BITS
-        warp, now = lanes.pick(warp, mask), lanes.pick(now | (MANY if together else lane), mask)
+        now = lanes.of_warps(self.clocks.time) << LANE_BITS | (MANY if together else lanes.lane)
+        warp, now = lanes.pick(lanes.warp, mask), lanes.pick(now, mask)
         if wide:
             warp, now = warp[..., None], now[..., None]
         places = pieces * self.warps + warp
@@ -209,7 +212,7 @@ class History:
             self.last_write[pieces] = 0
             return
         self.clocks.accesses += 1
-        limit = lanes.flat(self.clocks.limit[lanes.rows[:, 0, 0]], mask)
+        limit = lanes.flat(lanes.of_blocks(self.clocks.limit), mask)
         limit = limit[:, None] if wide else limit
         every = mask if mask is not None else np.ones(lanes.shape, bool)
         written = self.last_write.take(pieces)
@@ -220,7 +223,7 @@ class History:
         if not (read < limit[..., None] << LANE_BITS).all():
             self._check_reads(lanes, site, pieces, offsets, read, every)
         tid = lanes.flat(lanes.tid, mask)
-        time = lanes.flat(self.clocks.time[lanes.rows[:, :, 0], lanes.warp[:, :, 0]][:, :, None], mask)
+        time = lanes.flat(lanes.of_warps(self.clocks.time), mask)
         mine = ((IN_FLIGHT if in_flight else time) << THREAD_BITS | tid).astype(np.int32)
         mine = mine[:, None] if wide else mine
         self.last_write[pieces], self.write_site[pieces] = mine, site

@@ -151,7 +151,9 @@ class RowLanes:
 
     def __init__(self, lanes: Lanes, count: int) -> None:
         self.lanes, self.count, self.machine = lanes, count, lanes.machine
-        self.rows, self.warp, self.tid = lanes.rows, lanes.warp, lanes.tid[..., :count]
+        self.rows, self.warp = lanes.rows, lanes.warp
+        self.tid, self.lane = lanes.tid[..., :count], lanes.lane[..., :count]
+        self.of_blocks, self.of_warps = lanes.of_blocks, lanes.of_warps
 
     def pick(self, value: np.ndarray, mask: None) -> np.ndarray:
         return value
