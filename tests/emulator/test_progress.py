@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -194,3 +196,13 @@ def test_a_plain_flag_is_a_race() -> None:
     source = PASS.replace("STORE", "st").replace("LOAD", "ld.volatile").replace("THEN", FENCE).replace("AFTER", "")
     with pytest.raises(Race):
         run(source.replace("BEFORE", FENCE))
+
+
+def test_a_turn_in_which_lanes_only_come_together_repeats_nothing() -> None:
+    registers, nobody = [np.arange(3)], np.full((1, 1), -1)
+    barriers = SimpleNamespace(waiting=nobody, arrived=nobody)
+    machine: Any = SimpleNamespace(changes=0, turns=0, uniform=5, registers=registers, barriers=barriers)
+    machine.places = lambda: np.full((1, 1, 32), 5)
+    watch = progress.Watch(machine)
+    for machine.turns in range(4):
+        watch.look()
