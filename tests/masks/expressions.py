@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -28,52 +30,46 @@ def compiled(text: str) -> Callable[..., Any]:
     return eval(f"lambda batch, head, q, k: {text}", {"np": np, "abs": abs, **TABLES})
 
 
-def _wrap(texts: list[str], *parts: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
-    """One of several texts, with a part in each place {}."""
-    return st.tuples(st.sampled_from(texts), *parts).map(lambda drawn: drawn[0].format(*drawn[1:]))
+# Texts by kind: w a whole number, r a real, t a truth, i a legal index; constants: n any, d divisor, s shift, f real.
+_LEAVES = {
+    "w": ["q", "k", "q", "k", "batch", "head", "{n}", "ids[{i}]", "sorted_ids[{i}]", "grid[batch, {i}]"],
+    "r": ["x[q]", "x[k]", "y[q]", "y[k]", "{f}"],
+    "t": ["(q < k)", "flags[q]", "flags[k]", "rows[head, q, k]", "(q == k)", "(ids[q] == ids[k])"],
+    "i": ["q", "k", "head", "batch"],
+}
+_INNER = {
+    "w": [
+        "({w} + {w})", "({w} - {w})", "({w} * {w})", "np.minimum({w}, {w})", "np.maximum({w}, {w})", "({w} & {w})",
+        "({w} | {w})", "({w} ^ {w})", "({w} // {d})", "({w} % {d})", "({w} // np.maximum({w}, 1))", "({w} << {s})",
+        "({w} >> {s})", "abs({w})", "(-{w})", "(~{w})", "({w})**2", "({w})**3", "np.where({t}, {w}, {w})",
+        "({t} * {w})", "ids[{i}]", "grid[{w} % 2, {i}]",
+    ],
+    "r": [
+        "({r} + {r})", "({r} - {r})", "({r} * {r})", "({r} / {r})", "({w} / {w})", "np.minimum({r}, {r})",
+        "np.maximum({r}, {w})", "({r} + {w})", "abs({r})", "(-{r})", "np.where({t}, {r}, {w})", "({r})**2",
+    ],
+    "t": [
+        *[f"({{w}} {symbol} {{w}})" for symbol in ("<", "<=", ">", ">=", "==", "!=")],
+        *[f"({{r}} {symbol} {{r}})" for symbol in ("<", "<=", "==", "!=")],
+        "({r} >= {w})", "({t} & {t})", "({t} | {t})", "({t} ^ {t})", "np.logical_not({t})", "({t} == {t})",
+        "({t} != {t})", "np.where({t}, {t}, {t})",
+    ],
+    "i": [f"np.minimum(np.maximum({{w}}, 0), {TABLE_LENGTH - 1})"],
+}  # fmt: skip
+_CONSTANTS: dict[str, Callable[[Random], object]] = {
+    "n": lambda rng: rng.randint(-5, 20),
+    "d": lambda rng: rng.randint(1, 9),
+    "s": lambda rng: rng.randint(0, 3),
+    "f": lambda rng: rng.choice([-1.5, 0.0, 0.25, 2.0]),
+}
 
 
-_INDEX = st.sampled_from(["q", "k", "batch", "head"])
-_SMALL = st.integers(-5, 20).map(lambda n: f"({n})")
-_DIVISOR = st.integers(1, 9).map(str)
+def _write(rng: Random, kind: str, depth: int) -> str:
+    """A random text of a kind, of operations within operations."""
+    if kind in _CONSTANTS:
+        return f"({_CONSTANTS[kind](rng)})"
+    text = rng.choice(_INNER[kind] if depth > 0 else _LEAVES[kind])
+    return re.sub(r"\{(\w)\}", lambda part: _write(rng, part[1], depth - rng.randint(1, 2)), text)
 
-whole = st.deferred(lambda: _whole)
-real = st.deferred(lambda: _real)
-truth = st.deferred(lambda: _truth)
 
-_lookup = _wrap(
-    ["ids[{}]", "sorted_ids[{}]", "grid[batch, {}]", "grid[{} % 2, q]"],
-    st.one_of(_INDEX, whole.map(lambda text: f"np.minimum(np.maximum({text}, 0), {TABLE_LENGTH - 1})")),
-)
-_whole = st.one_of(
-    _INDEX,
-    _SMALL,
-    _lookup,
-    _wrap(["({} + {})", "({} - {})", "({} * {})", "np.minimum({}, {})", "np.maximum({}, {})"], whole, whole),
-    _wrap(["({} & {})", "({} | {})", "({} ^ {})"], whole, whole),
-    _wrap(["({} // {})", "({} % {})"], whole, _DIVISOR),
-    _wrap(["({} << {})", "({} >> {})"], whole, st.integers(0, 3).map(str)),
-    _wrap(["abs({})", "(-{})", "(~{})", "({})**2", "({})**3"], whole),
-    _wrap(["np.where({}, {}, {})"], truth, whole, whole),
-    _wrap(["({} * {})"], truth, whole),
-)
-_real = st.one_of(
-    _wrap(["x[{}]", "y[{}]"], st.sampled_from(["q", "k"])),
-    st.floats(-4, 4).map(lambda x: f"({x!r})"),
-    _wrap(["({} + {})", "({} - {})", "({} * {})", "({} / {})", "np.minimum({}, {})", "np.maximum({}, {})"], real, real),
-    _wrap(["({} / {})"], whole, whole),
-    _wrap(["({} + {})", "({} * {})"], real, whole),
-    _wrap(["abs({})", "(-{})"], real),
-    _wrap(["np.where({}, {}, {})"], truth, real, whole),
-)
-_COMPARISONS = [f"({{}} {symbol} {{}})" for symbol in ("<", "<=", ">", ">=", "==", "!=")]
-_truth = st.one_of(
-    _wrap(_COMPARISONS, whole, whole),
-    _wrap(_COMPARISONS, whole, whole),
-    _wrap(_COMPARISONS, real, real),
-    _wrap(_COMPARISONS, real, whole),
-    st.sampled_from(["flags[q]", "flags[k]", "rows[head, q, k]"]),
-    _wrap(["({} & {})", "({} | {})", "({} ^ {})", "np.logical_xor({}, {})", "({} == {})", "({} != {})"], truth, truth),
-    _wrap(["np.logical_not({})"], truth),
-    _wrap(["np.where({}, {}, {})"], truth, truth, truth),
-)
+truth = st.builds(lambda seed, depth: _write(Random(seed), "t", depth), st.integers(0, 2**32), st.integers(1, 5))

@@ -15,7 +15,7 @@ from cuflash.masks.tables import Table
 WHOLES = [-9, -8, -3, -1, 0, 1, 2, 5, 7, 8]
 POSITIVE = [1, 2, 3, 8]
 COUNTS = [0, 1, 3]
-REALS = [-np.inf, -2.0, -0.5, 0.0, 0.25, 3.0, np.inf]
+REALS = [-np.inf, -2.0, -0.5, -0.0, 0.0, 0.25, 3.0, np.inf]
 
 UNARY = ["negative", "absolute"]
 BOTH = ["add", "sub", "mul", "minimum", "maximum"]
@@ -98,7 +98,14 @@ def test_equal_leading_bits_stay(name: str) -> None:
         assert low // 8 == high // 8 == ELEMENTS[name](a // 8, b // 8)
 
 
-@pytest.mark.parametrize("name", [*UNARY])
+@pytest.mark.parametrize("name", BITS)
+def test_any_number_of_bits(name: str) -> None:
+    for bits in range(62):
+        varying = interval((0, 2**bits))
+        assert bounds(name, varying, interval((-1, -1) if name == "bit_and" else (0, 0))) == (0, 2 ** (bits + 1) - 1)
+
+
+@pytest.mark.parametrize("name", UNARY)
 def test_one_real(name: str) -> None:
     for span in spans(REALS):
         check(name, (span,), [inside(REALS, span)], tight=False)
