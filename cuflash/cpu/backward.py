@@ -2,30 +2,32 @@
 
 A work item is a range of queries of one head. For each tile of keys, and each block of queries that sees it:
 
-    P  = exp(S - lse), S = scale Q Kᵀ    the probabilities, once more
-    dV += Pᵀ dO
-    dS = P ∘ (dO Vᵀ - Δ)                 Δ = rowsum(dO ∘ O) - dlse
+    E  = exp(S - c), S = scale Q Kᵀ      P = w E, the probabilities once more: w = exp(c - lse)
+    dV += Eᵀ (w dO)
+    dS = E ∘ (w dO Vᵀ - w Δ)             Δ = rowsum(dO ∘ O) - dlse
     dQ += scale dS K, dK += scale dSᵀ Q, dbias += dS
 
--Δ, and without bias and softcap -lse, are one more column of dO and of Q against ones in V and K, so that no pass over
-the scores subtracts them.
+-w Δ, and without bias and softcap -c, are one more column of dO and of Q against ones in V and K, so that no pass over
+the scores subtracts them. c is 0 where the forward had no maximum either: E is then its own, to the bit, and what
+is rounded in S cancels as in a softmax. Otherwise c lies below lse, so that S - c is small, and rounded finely, for
+keys of any weight. As lse is rounded, a row of P sums up to not quite 1: dQ and dbias are divided by that sum.
 dQ of an item is final. Its dK, dV and dbias are parts of sums (`cuflash.cpu.sums`): the result depends neither on the
 number of threads nor on which of them is faster.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
 
+from cuflash.cpu.forward import SAFE_SCORE, SAFE_VALUES, exp2_is_fast
 from cuflash.cpu.sums import BiasSum, KeySum
 from cuflash.cpu.threads import num_threads, run_all
 from cuflash.cpu.tiles import (
-    MAX_MATVEC,
-    MAX_PRODUCT,
     MAX_ROWS,
     add_bias,
     groups_that_see,
@@ -36,7 +38,6 @@ from cuflash.cpu.tiles import (
 from cuflash.problem import Problem
 
 MAX_BLOCK_GROUPS = 4  # groups of rows whose scores are made together: P and dS of a block stay in L2
-MIN_WIDTH = 24  # keys of one product over the queries of a block: so few that the product stays on its thread
 MIN_ITEMS = 32  # items are made small to have that many
 SMALL = 2**15  # scores below which threads cost more than they save
 
@@ -142,7 +143,7 @@ class _Tile(NamedTuple):
 class _Keys:
     """Keys [begin, end) of one key/value head, packed by the first item that needs them and shared by all.
 
-    Keys outside of the range are never read.
+    Keys outside of the range are never read. `norm` is the largest Euclidean norm of a key, `v_max` the largest |v|.
     """
 
     def __init__(
@@ -154,6 +155,7 @@ class _Keys:
         self.sum = KeySum(sequence.dk[:, head], sequence.dv[:, head], items, self._dtype)
         self._lock = Lock()
         self._tiles: list[_Tile] = []
+        self.norm, self.v_max = 0.0, 0.0
 
     def pack(self) -> None:
         with self._lock:
@@ -166,6 +168,8 @@ class _Keys:
         v: np.ndarray = self._v[begin:end].astype(self._dtype, order="C")
         k_t, v_t = (np.ones((x.shape[1] + 1, x.shape[0]), self._dtype) for x in (k, v))
         k_t[:-1] = k.T
+        self.norm = np.maximum(self.norm, np.sqrt(np.einsum("nd,nd->n", k, k).max()))
+        self.v_max = np.maximum(self.v_max, np.maximum(v.max(initial=0), -v.min(initial=0)))
         for x in k, v:  # 0 * NaN is NaN: a pair that is hidden, dS = 0, must add nothing
             x[~np.isfinite(x).all(axis=1)] = 0
         v_t[:-1] = v.T
@@ -182,8 +186,8 @@ class _Keys:
 class _Item:
     """Queries [begin, end) of one head against all their keys.
 
-    The queries are groups of `rows`, the last padded with zeros: Q | -lse (groups, rows, head_dim + 1),
-    dO | -Δ (groups, rows, head_dim_v + 1), dQ (groups, rows, head_dim).
+    The queries are groups of `rows`, the last padded with zeros: Q | -c (groups, rows, head_dim + 1),
+    w dO | -w Δ (groups, rows, head_dim_v + 1), dQ (groups, rows, head_dim), row sums of E (groups, rows, 1).
     """
 
     def __init__(
@@ -223,14 +227,15 @@ class _Item:
                 own = slice(tile.begin - seen.start, tile.end - seen.start)
                 for first in range(0, len(self.q), self.block):
                     self._add(tile, first, min(first + self.block, len(self.q)), dk[own], dv[own])
-        self.dq *= problem.scale
-        dq = self.dq.reshape(len(self.dq) * self.keys.rows, problem.head_dim)
-        sequence.dq[self.begin : self.end, self.head] = dq[: self.end - self.begin]
-        if problem.softcap:
-            dk *= problem.softcap  # of the scale, Q has only scale / softcap
+        total = (self.weight * self.row_sums.reshape(-1))[: self.end - self.begin, None]  # of a row of P
+        total = np.where(total > 0, total, 1).astype(dtype)
+        dq = self.dq.reshape(self.row_sums.size, problem.head_dim)[: self.end - self.begin]
+        dq *= problem.scale / total
+        sequence.dq[self.begin : self.end, self.head] = dq
+        dk *= (problem.softcap or 1) / self.unit  # of the scale, Q has scale / softcap, and the unit
         self.keys.sum.give(self.turn, seen, (dk, dv))
         if self.bias_sum is not None:
-            self.bias_sum.give(self.bias_turn, self.place, self.dbias)
+            self.bias_sum.give(self.bias_turn, self.place, self.dbias, total)
 
     def _begin_state(self, dtype: type) -> None:
         problem, sequence, rows = self.problem, self.sequence, self.keys.rows
@@ -241,28 +246,51 @@ class _Item:
         lse: np.ndarray = np.full(size, np.inf, dtype)  # of the padding: P = 0
         q[:count, :-1] = sequence.q[own]
         q *= problem.scale / (problem.softcap or 1)
+        online = self._choose_exp(q)
         dout[:count, :-1] = sequence.dout[own]
-        delta = np.einsum("nd,nd->n", dout[:count, :-1], sequence.out[own].astype(dtype))  # Δ = rowsum(dO ∘ O)
-        if sequence.dlse is not None:
-            delta -= sequence.dlse[self.head, self.begin : self.end]
-        dout[:count, -1] = -delta
         lse[:count] = sequence.lse[self.head, self.begin : self.end]
         empty = np.isneginf(lse)  # rows that see nothing: P = 0, and what they hold is not read
         lse[empty], q[empty], dout[empty] = np.inf, 0, 0
-        # Softcap comes before lse; and S + bias, rounded as in the forward, has no larger part than lse to lose.
-        self.lse_apart = bool(problem.softcap) or sequence.bias is not None
-        if not self.lse_apart:
-            q[:, -1] = -lse
+        delta: np.ndarray = np.zeros(size)
+        wide = dout[:count, :-1].astype(np.float64)
+        delta[:count] = np.einsum("nd,nd->n", wide, sequence.out[own].astype(np.float64))  # Δ = rowsum(dO ∘ O)
+        if sequence.dlse is not None:
+            delta[:count] -= sequence.dlse[self.head, self.begin : self.end]
+        delta[empty] = 0
+        c: np.ndarray = np.zeros(size, dtype)
+        if online:  # the weights of n keys are from about 1 / n to 1
+            c = lse - dtype(math.log(max(1, self.seen.stop - self.seen.start)) / 2)
+        q *= self.unit
+        self.weight = np.exp(np.where(np.isfinite(c), c - lse.astype(np.float64), 0))
+        dout[:, :-1] *= self.weight[:, None]
+        dout[:, -1] = -delta * self.weight
+        # Softcap comes before c; and S + bias, rounded as in the forward, has no larger part than c to lose.
+        self.c_apart = online and (bool(problem.softcap) or sequence.bias is not None)
+        if not self.c_apart:
+            q[:, -1] = -c
         self.q, self.dout = q.reshape(-1, rows, q.shape[1]), dout.reshape(-1, rows, dout.shape[1])
-        self.lse = lse.reshape(-1, rows, 1)
+        self.c = c.reshape(-1, rows, 1)
         self.dq: np.ndarray = np.zeros((*self.q.shape[:2], problem.head_dim), dtype)
+        self.row_sums: np.ndarray = np.zeros((*self.q.shape[:2], 1), dtype)
+        self.sums_of_tile: np.ndarray = np.empty_like(self.row_sums)
+        self.ones: np.ndarray = np.ones((self.keys.tile, 1), dtype)
         widest = max(1, problem.head_dim, problem.head_dim_v)
-        most = min(MAX_MATVEC, MAX_PRODUCT // widest) // rows
-        self.block = max(1, min(MAX_BLOCK_GROUPS, len(self.q), most // MIN_WIDTH))
-        self.width = max(8, most // self.block // 8 * 8)
+        self.block = min(MAX_BLOCK_GROUPS, len(self.q))
         queries = self.block * rows
         self.scores: np.ndarray = np.empty((3 if problem.softcap else 2, queries * self.keys.tile), dtype)
-        self.products: np.ndarray = np.empty(max(queries, self.keys.tile) * widest, dtype)
+        self.products: np.ndarray = np.empty(max(queries, self.block * self.keys.tile) * widest, dtype)
+
+    def _choose_exp(self, q: np.ndarray) -> bool:
+        """exp and the unit of Q as the forward has them, so that S rounds as it did there; whether c is not 0."""
+        problem, keys = self.problem, self.keys
+        bound = problem.softcap or float(np.sqrt(np.einsum("nd,nd->n", q, q).max())) * keys.norm
+        safe = bound <= SAFE_SCORE and SAFE_VALUES[0] <= keys.v_max <= SAFE_VALUES[1]
+        online = self.sequence.bias is not None or not safe
+        in_base_2 = not online and exp2_is_fast()
+        self.exp: np.ufunc = np.exp2 if in_base_2 else np.exp
+        unit = math.log2(math.e) if in_base_2 else 1.0
+        self.softcap, self.unit = problem.softcap * unit, 1.0 if problem.softcap else unit
+        return online
 
     def _add(self, tile: _Tile, first: int, last: int, dk: np.ndarray, dv: np.ndarray) -> None:
         """One tile of keys against groups [first, last): those that see none are left out, those on an edge masked."""
@@ -276,10 +304,10 @@ class _Item:
         q, dout, dq = self.q[first:last], self.dout[first:last], self.dq[first:last]
         shape = len(q), rows, n
         p, ds, *slope = (x[: len(q) * rows * n].reshape(shape) for x in self.scores)
-        np.matmul(q, tile.k_t, out=p)  # S, less lse unless it is apart
+        np.matmul(q, tile.k_t, out=p)  # S, less c unless it is apart
         if problem.softcap:
             np.tanh(p, out=slope[0])
-            np.multiply(slope[0], problem.softcap, out=p)
+            np.multiply(slope[0], self.softcap, out=p)
             np.square(slope[0], out=slope[0])
             np.subtract(1, slope[0], out=slope[0])
         begin = first * rows
@@ -287,13 +315,14 @@ class _Item:
         if self.sequence.bias is not None:
             queries = slice(self.begin + begin, self.begin + end)
             add_bias(p, self.sequence.bias[self.head, queries, tile.begin : tile.end])
-        if self.lse_apart:
-            p -= self.lse[first:last]
-        np.exp(p, out=p)  # P = exp(S - lse)
+        if self.c_apart:
+            p -= self.c[first:last]
+        self.exp(p, out=p)  # E = exp(S - c)
         hide(p, low, high, first, 0)
-        self._add_over_queries(dv, p, dout)  # dV += Pᵀ dO
-        np.matmul(dout, tile.v_t, out=ds)  # dP - Δ
-        ds *= p  # dS = P ∘ (dP - Δ)
+        self.row_sums[first:last] += np.matmul(p, self.ones[:n], out=self.sums_of_tile[first:last])
+        self._add_over_queries(dv, p, dout)  # dV += Eᵀ (w dO)
+        np.matmul(dout, tile.v_t, out=ds)  # w (dP - Δ)
+        ds *= p  # dS = E ∘ (w (dP - Δ))
         hide(ds, low, high, first, 0)
         if self.bias_sum is not None:
             self.bias_sum.add(self.dbias, ds.reshape(-1, n)[: end - begin], begin, tile.begin - self.seen.start)
@@ -306,15 +335,9 @@ class _Item:
     def _add_over_queries(self, total: np.ndarray, x: np.ndarray, y: np.ndarray) -> None:
         """total (n, dim) += xᵀ y over all queries, x (groups, rows, n), y (groups, rows, dim + 1) less its last column.
 
-        A stack of products over the keys, not over the queries: nothing but the product itself is left to add.
+        A product for each group: sums of sums have the smaller error.
         """
-        n, dim = total.shape
-        x, y = x.reshape(-1, n), y.reshape(-1, dim + 1)[:, :-1]
-        count = n // self.width
-        whole = count * self.width
-        product = self.products[: n * dim].reshape(n, dim)
-        stack = x[:, :whole].reshape(len(x), count, self.width).transpose(1, 2, 0)
-        np.matmul(stack, y, out=product[:whole].reshape(count, self.width, dim))
-        if whole < n:
-            np.matmul(x[:, whole:].T, y, out=product[whole:])
-        total += product
+        products = self.products[: len(x) * total.size].reshape(len(x), *total.shape)
+        np.matmul(x.transpose(0, 2, 1), y[:, :, :-1], out=products)
+        for product in products:
+            total += product

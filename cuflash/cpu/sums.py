@@ -89,8 +89,10 @@ class BiasSum:
             ds, key = ds.sum(axis=1, keepdims=True), 0
         part[query : query + ds.shape[0], key : key + ds.shape[1]] += ds
 
-    def give(self, turn: int, place: tuple[int, int, slice, slice], part: np.ndarray) -> None:
-        """What an item has added to its part."""
+    def give(self, turn: int, place: tuple[int, int, slice, slice], part: np.ndarray, total: np.ndarray) -> None:
+        """What an item has added to its part, of rows of P whose sums are `total` (queries, 1)."""
+        if self._along_q and np.can_cast(total.dtype, part.dtype):  # 16 bits would not show it
+            part /= total
         if not self._in_place:
             self._order.do(turn, lambda: np.add(self._at(place), part, out=self._at(place)))
 

@@ -89,8 +89,8 @@ def test_rows_that_see_nothing_have_no_gradient_whatever_they_hold(device: Any, 
         rows[...] = np.nan
     got = gradients(device, case, inputs, given)
     assert not got[0][:, :25].any()
-    for a, b in zip(got, want, strict=True):  # NaN in q keeps the forward from a shortcut: not the same bits
-        np.testing.assert_allclose(a.astype(float), b.astype(float), atol=10 * float(ml_dtypes.finfo(a.dtype).eps))
+    for a, b in zip(got, want, strict=True):  # NaN in q keeps the CPU from a shortcut: not the same bits
+        np.testing.assert_allclose(a.astype(float), b.astype(float), atol=20 * float(ml_dtypes.finfo(a.dtype).eps))
 
 
 def test_a_bias_of_minus_infinity_hides_a_row(device: Any, dtype: str) -> None:
