@@ -13,7 +13,6 @@ import numpy as np
 from cuflash import check, records, tile_lists
 from cuflash.check import Packing, Scores
 from cuflash.device import Call, Device, Kernel
-from cuflash.errors import DeviceError
 from cuflash.layout import Layout, NativeArray, check_separate, contiguous_strides, layout
 from cuflash.masks.program import Program
 from cuflash.options import Options
@@ -226,9 +225,10 @@ def _run_on_cpu(prepared: Prepared, operands: Operands, return_lse: bool) -> tup
     from cuflash.cpu.forward import forward
 
     problem = prepared.problem
-    if operands.mask is not None:
-        raise DeviceError("mask is given: must be None on the CPU")
     q, k, v, bias, out, cu_seqlens_q, cu_seqlens_k, mask = _with_copies(prepared, operands)
+    if mask is not None:
+        for i in range(len(mask.tables)):
+            mask.host_table(i)  # raises before anything is written
     if out is None:
         out = np.empty(prepared.out_shape, prepared.out_dtype)
     lse = np.empty(prepared.lse_shape, prepared.lse_dtype) if return_lse else None

@@ -21,7 +21,9 @@ import numpy as np
 
 from cuflash.cpu.keys import Keys, KeyTile
 from cuflash.cpu.threads import num_threads, run_all
-from cuflash.cpu.tiles import MAX_ROWS, add_bias, groups_that_see, hide, keys_of_a_tile, sum_dtype
+from cuflash.cpu.tiles import MAX_ROWS, add_bias, keys_of_a_tile, sum_dtype
+from cuflash.cpu.visibility import Part, Sight, hide, sight_of
+from cuflash.masks.steps import Place
 from cuflash.problem import Problem
 
 MIN_ITEM_ROWS, MAX_ITEM_ROWS = 240, 528  # queries of an item: its scores stay in L2
@@ -45,6 +47,7 @@ def exp2_is_fast() -> bool:
 class _Sequence:
     """Views of one batch entry or one packed sequence."""
 
+    place: Place
     q: np.ndarray  # (len_q, num_heads, head_dim)
     k: np.ndarray  # (len_k, num_kv_heads, head_dim)
     v: np.ndarray  # (len_k, num_kv_heads, head_dim_v)
@@ -97,62 +100,60 @@ def _sequences(
     if cu_seqlens_q is None or cu_seqlens_k is None:
         for b in range(problem.batch):
             own = None if bias is None else bias[b]
-            yield _Sequence(q[b], k[b], v[b], own, out[b], None if lse is None else lse[b])
+            place = Place(problem.seqlen_q, problem.seqlen_k, b)
+            yield _Sequence(place, q[b], k[b], v[b], own, out[b], None if lse is None else lse[b])
         return
     for tail in (slice(0, cu_seqlens_q[0]), slice(cu_seqlens_q[-1], None)):
         out[tail] = 0
         if lse is not None:
             lse[:, tail] = -np.inf
     for b in range(problem.batch):
-        rows, keys = slice(*cu_seqlens_q[b : b + 2]), slice(*cu_seqlens_k[b : b + 2])
+        rows, keys = slice(*cu_seqlens_q[b : b + 2].tolist()), slice(*cu_seqlens_k[b : b + 2].tolist())
         own = None if bias is None else bias[b]
-        yield _Sequence(q[rows], k[keys], v[keys], own, out[rows], None if lse is None else lse[:, rows])
+        place = Place(rows.stop - rows.start, keys.stop - keys.start, b, q_start=rows.start, k_start=keys.start)
+        yield _Sequence(place, q[rows], k[keys], v[keys], own, out[rows], None if lse is None else lse[:, rows])
 
 
 def _items(problem: Problem, sequences: list[_Sequence]) -> Iterator[Callable[[], None]]:
     """One item per tile of queries and head; those that share keys follow each other, the longest causal ones first."""
     wanted_rows = problem.num_heads * sum(s.q.shape[0] for s in sequences) // MIN_ITEMS
     for sequence in sequences:
-        len_q, len_k = sequence.q.shape[0], sequence.k.shape[0]
+        len_q = sequence.place.len_q
         if len_q == 0:
             continue
         groups = -(-len_q // MAX_ROWS)
         rows = -(-len_q // groups)
         items = -(-len_q // min(MAX_ITEM_ROWS, max(MIN_ITEM_ROWS, wanted_rows)))
-        item_rows = -(-groups // items) * rows
+        item_groups = -(-groups // items)
         tile = keys_of_a_tile(rows, max(problem.head_dim, problem.head_dim_v))
-        key_range = problem.key_range(0, len_q, len_q, len_k)
         for kv_head in range(problem.num_kv_heads):
-            keys = Keys(sequence.k[:, kv_head], sequence.v[:, kv_head], *key_range, tile, sum_dtype(problem))
+            sight = sight_of(problem, sequence.place, kv_head, rows, tile)
+            keys = Keys(sequence.k[:, kv_head], sequence.v[:, kv_head], sight, sum_dtype(problem))
             for head in range(kv_head * problem.group, (kv_head + 1) * problem.group):
-                for begin in reversed(range(0, len_q, item_rows)):
-                    yield _Item(problem, sequence, keys, head, begin, min(begin + item_rows, len_q), rows).run
+                for first in reversed(range(0, groups, item_groups)):
+                    yield _Item(problem, sequence, keys, sight, head, range(groups)[first : first + item_groups]).run
 
 
 class _Item:
-    """Queries [begin, end) of one head against all their keys.
+    """Some groups of queries of one head against all their keys.
 
-    The queries are groups of `rows`, the last padded with zeros: Q (groups, rows, head_dim), unnormalised output
+    The last group is padded with zeros: Q (groups, rows, head_dim), unnormalised output
     O (groups, rows, head_dim_v), row sums l and maxima m (groups, rows).
     """
 
     def __init__(
-        self, problem: Problem, sequence: _Sequence, keys: Keys, head: int, begin: int, end: int, rows: int
+        self, problem: Problem, sequence: _Sequence, keys: Keys, sight: Sight, head: int, groups: range
     ) -> None:
-        self.problem, self.sequence, self.keys, self.head = problem, sequence, keys, head
-        self.begin, self.end, self.rows = begin, end, rows
-        # Query `begin` sees keys low to high of an unbounded sequence, each later one one further.
-        diagonal = begin + sequence.k.shape[0] - sequence.q.shape[0]
-        self.low = None if problem.left is None else diagonal - problem.left
-        self.high = None if problem.right is None else diagonal + problem.right
+        self.problem, self.sequence, self.keys, self.sight, self.head = problem, sequence, keys, sight, head
+        self.first, self.last, self.rows = groups.start, groups.stop, sight.rows
+        self.begin, self.end = self.first * self.rows, min(self.last * self.rows, sequence.place.len_q)
 
     def run(self) -> None:
         problem, sequence = self.problem, self.sequence
         self.keys.pack()
         self._begin_state()
-        len_q, len_k = sequence.q.shape[0], sequence.k.shape[0]
-        for tile in self.keys.tiles(*problem.key_range(self.begin, self.end, len_q, len_k)):
-            self._add(tile)
+        for part in self.sight.parts(self.head, self.first, self.last):
+            self._add(self.keys.of(part), part)
         count = self.end - self.begin
         if sequence.lse is not None:
             sequence.lse[self.head, self.begin : self.end] = (self.m + np.log(self.l)).reshape(-1)[:count]
@@ -161,7 +162,7 @@ class _Item:
 
     def _begin_state(self) -> None:
         problem, dtype = self.problem, sum_dtype(self.problem)
-        groups = -(-(self.end - self.begin) // self.rows)
+        groups = self.last - self.first
         q: np.ndarray = np.zeros((groups * self.rows, problem.head_dim), dtype)
         q[: self.end - self.begin] = self.sequence.q[self.begin : self.end, self.head]
         q *= problem.scale / (problem.softcap or 1)
@@ -178,38 +179,31 @@ class _Item:
         self.o: np.ndarray = np.zeros((*self.q.shape[:2], problem.head_dim_v), dtype)
         self.l: np.ndarray = np.zeros(self.q.shape[:2], dtype)
         self.m: np.ndarray = np.full(self.q.shape[:2], -np.inf if self.online else 0, dtype)
-        self.scores: np.ndarray = np.empty(groups * self.rows * self.keys.tile, dtype)
+        self.scores: np.ndarray = np.empty(groups * self.rows * self.sight.tile, dtype)
         self.pv, self.row_sums = np.empty_like(self.o), np.empty_like(self.l)
-        self.ones: np.ndarray = np.ones(self.keys.tile, dtype)
+        self.ones: np.ndarray = np.ones(self.sight.tile, dtype)
 
-    def _add(self, tile: KeyTile) -> None:
-        """One tile of keys. Groups that see none of them are left out; only those on an edge are masked."""
-        n, rows = tile.end - tile.begin, self.rows
+    def _add(self, tile: KeyTile, part: Part) -> None:
+        """One tile of keys against the groups that see some of them; only where something is hidden is it masked."""
+        n, rows, hidden = len(tile.v), self.rows, self.sight.hidden(self.head, part)
         q, o, l_i, m_i, pv, row_sums = self.q, self.o, self.l, self.m, self.pv, self.row_sums
-        first, low, high = 0, self.low, self.high
-        if low is not None or high is not None:
-            low = None if low is None else low - tile.begin
-            high = None if high is None else high - tile.begin
-            first, last = groups_that_see(n, len(q), rows, low, high)
-            if first >= last:
-                return
-            if last - first < len(q):
-                q, o, l_i, m_i, pv, row_sums = (x[first:last] for x in (q, o, l_i, m_i, pv, row_sums))
+        if part.last - part.first < len(q):
+            own = slice(part.first - self.first, part.last - self.first)
+            q, o, l_i, m_i, pv, row_sums = (x[own] for x in (q, o, l_i, m_i, pv, row_sums))
         s = self.scores[: len(q) * rows * n].reshape(len(q), rows, n)
         np.matmul(q, tile.k_t, out=s)  # S = scale Q Kᵀ
         if self.softcap:
             np.tanh(s, out=s)
             s *= self.softcap
         if self.sequence.bias is not None:
-            begin = self.begin + first * rows
-            end = min(begin + len(q) * rows, self.end)
-            add_bias(s, self.sequence.bias[self.head, begin:end, tile.begin : tile.end])
+            queries = slice(part.first * rows, min(part.last * rows, self.end))
+            add_bias(s, self.sequence.bias[self.head, queries, part.keys])
         if self.online:
-            hide(s, low, high, first, -np.inf)
+            hide(s, hidden, -np.inf)
             _subtract_maxima(s, m_i, l_i, o)
         self.exp(s, out=s)
         if not self.online:
-            hide(s, low, high, first, 0)
+            hide(s, hidden, 0)
         l_i += np.matmul(s, self.ones[:n], out=row_sums)  # l_i += P 1
         o += np.matmul(s, tile.v, out=pv)  # O += P V
         for j, value in tile.odd_rows:  # 0 * NaN is NaN: only rows that see the key take part
