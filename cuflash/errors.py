@@ -41,6 +41,16 @@ class ConfigError(InvalidValueError):
     """A kernel configuration contradicts itself, the problem or the architecture."""
 
 
+class OutOfBlocksError(CuflashError, MemoryError):
+    """A pool has fewer free blocks than a step needs; the step changed nothing."""
+
+
+class UnknownSequenceError(CuflashError, KeyError):
+    """A cache has no sequence of this id, or no longer."""
+
+    __str__ = Exception.__str__  # KeyError would quote the message
+
+
 def type_name(value: object) -> str:
     """How an error names the type of an argument."""
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")

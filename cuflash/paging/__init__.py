@@ -1,0 +1,1 @@
+"""The cache that `paged_attention` reads: blocks with reference counts, and the sequences that hold them."""
