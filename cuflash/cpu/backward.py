@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cuflash.cpu.forward import SAFE_SCORE, SAFE_VALUES, exp2_is_fast
+from cuflash.cpu.forward import MAX_ITEM_ROWS, MIN_ITEM_ROWS, MIN_ITEMS, SAFE_SCORE, SAFE_VALUES, exp2_is_fast
 from cuflash.cpu.sums import BiasSum, KeySum
 from cuflash.cpu.threads import num_threads, run_all
 from cuflash.cpu.tiles import (
@@ -38,7 +38,6 @@ from cuflash.cpu.tiles import (
 from cuflash.problem import Problem
 
 MAX_BLOCK_GROUPS = 4  # groups of rows whose scores are made together: P and dS of a block stay in L2
-MIN_ITEMS = 32  # items are made small to have that many
 SMALL = 2**15  # scores below which threads cost more than they save
 
 
@@ -108,7 +107,10 @@ def backward(
 
 
 def _items(problem: Problem, sequences: list[Arrays], bias_sum: BiasSum | None) -> Iterator[Callable[[], None]]:
-    """One item per head and range of queries; those that share keys follow each other, longest causal ones first."""
+    """One item per head and range of queries; those that share keys follow each other, longest causal ones first.
+
+    The ranges are the forward's, but with a large sum for a bias: each chooses exp as it did there.
+    """
     wanted_rows = problem.num_heads * sum(s.q.shape[0] for s in sequences) // MIN_ITEMS
     if bias_sum is not None and bias_sum.part_is_as_large_as_scores:
         wanted_rows = 0
@@ -117,8 +119,10 @@ def _items(problem: Problem, sequences: list[Arrays], bias_sum: BiasSum | None) 
         key_range = problem.key_range(0, len_q, len_q, len_k)
         if len_q == 0 or key_range[0] >= key_range[1]:
             continue
-        rows = -(-len_q // -(-len_q // MAX_ROWS))
-        item_rows = rows * max(MAX_BLOCK_GROUPS, wanted_rows // rows)
+        groups = -(-len_q // MAX_ROWS)
+        rows = -(-len_q // groups)
+        items = -(-len_q // min(MAX_ITEM_ROWS, max(MIN_ITEM_ROWS, wanted_rows)))
+        item_rows = -(-groups // items) * rows
         begins = range(0, len_q, item_rows)
         for kv_head in range(problem.num_kv_heads):
             keys = _Keys(problem, sequence, kv_head, *key_range, rows, problem.group * len(begins))
