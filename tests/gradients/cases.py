@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from ml_dtypes import finfo
 
 import cuflash
+from cuflash import forward
 from tests import oracle, tolerances
 from tests.attention import cases
 from tests.attention.cases import LAYOUTS, Case, Inputs, _bias_lengths, embed, make, seen
 from tests.devices import CpuDevice
 
 Cotangent = tuple[np.ndarray, np.ndarray]
+
+
+@contextmanager
+def forward_on_cpu() -> Iterator[None]:
+    """Within the block the CPU computes every forward pass, without options: no forward kernel is compiled, and what
+    the backward kernels get is right whatever the sources say.
+    """
+    run = forward.run
+
+    def on_cpu(device: Any, operands: Any, asked: Any, packing: Any, return_lse: bool, options: Any) -> Any:
+        return run(None, operands, asked, packing, return_lse, None)
+
+    with mock.patch.object(forward, "run", on_cpu):
+        yield
 
 
 def scores_of(case: Case) -> dict[str, Any]:

@@ -13,13 +13,13 @@ from unittest import mock
 import numpy as np
 
 import cuflash.jit
-from cuflash import forward
 from cuflash.jit import compiler, sources
 from cuflash.jit.build import Unit
 from tests.attention.cases import Case, Inputs, call, hold_to_oracle, make
 from tests.attention.far import check_far
 from tests.devices import EmulatedDevice
 from tests.gradients import cases as gradient_cases
+from tests.gradients.cases import forward_on_cpu
 
 
 class WrongResult(Exception):
@@ -155,20 +155,12 @@ def _check_gradients(device: _Device, case: Case, texts: dict[str, str]) -> None
         unseen = slice(max(0, case.seqlen_q - case.seqlen_k))
         hidden, dout = hidden._replace(q=hidden.q.copy()), dout.copy()
         hidden.q[:, unseen] = dout[:, unseen] = np.nan
-    with kernels_from(texts), mock.patch.object(forward, "run", _forward_on_cpu):
+    with kernels_from(texts), forward_on_cpu():
         got = gradient_cases.gradients(device, case, hidden, (dout, given[1]))
     try:
         gradient_cases.hold_to_oracle(case, inputs, given, got)
     except AssertionError as error:
         raise WrongResult(str(error)) from None
-
-
-def _forward_on_cpu(device: Any, operands: Any, asked: Any, packing: Any, return_lse: bool, options: Any) -> Any:
-    """In place of `cuflash.forward.run`: the backward kernels get the right out and lse whatever their sources say."""
-    return _forward(None, operands, asked, packing, return_lse, None)
-
-
-_forward = forward.run
 
 
 def hide(case: Case, inputs: Inputs) -> Inputs:
