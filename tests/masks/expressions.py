@@ -64,12 +64,12 @@ _CONSTANTS: dict[str, Callable[[Random], object]] = {
 }
 
 
-def _write(rng: Random, kind: str, depth: int) -> str:
+def write(rng: Random, kind: str, depth: int) -> str:
     """A random text of a kind, of operations within operations."""
     if kind in _CONSTANTS:
         return f"({_CONSTANTS[kind](rng)})"
     text = rng.choice(_INNER[kind] if depth > 0 else _LEAVES[kind])
-    return re.sub(r"\{(\w)\}", lambda part: _write(rng, part[1], depth - rng.randint(1, 2)), text)
+    return re.sub(r"\{(\w)\}", lambda part: write(rng, part[1], depth - rng.randint(1, 2)), text)
 
 
-truth = st.builds(lambda seed, depth: _write(Random(seed), "t", depth), st.integers(0, 2**32), st.integers(1, 5))
+truth = st.builds(lambda seed, depth: write(Random(seed), "t", depth), st.integers(0, 2**32), st.integers(1, 5))
