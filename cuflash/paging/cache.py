@@ -154,7 +154,8 @@ class PagedKVCache:
             raise InvalidTypeError(f"extra = {extra!r}: must be str, bytes or None")
         prompt = take_integers("tokens", () if tokens is None else tokens)
         seq_id, cached = self._ledger.add(prompt, extra)
-        self._stats.update(prompt_tokens=len(prompt), cached_tokens=cached)
+        self._stats["prompt_tokens"] += len(prompt)
+        self._stats["cached_tokens"] += cached
         return seq_id, cached
 
     def reserve(self, seq_ids: Sequence[int], counts: Any = 1) -> Any:
@@ -177,7 +178,8 @@ class PagedKVCache:
         slots, copies = self._ledger.reserve(sequences, numbers)
         if copies:
             moves.copy_blocks(self._caches, copies)
-        self._stats.update(reserved_tokens=len(slots), copied_blocks=len(copies))
+        self._stats["reserved_tokens"] += len(slots)
+        self._stats["copied_blocks"] += len(copies)
         return self._give(np.array(slots, np.int64))
 
     def append(self, layer: int, k: Any, v: Any, slots: Any) -> None:

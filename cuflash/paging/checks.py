@@ -10,9 +10,11 @@ import numpy as np
 
 from cuflash.errors import InvalidTypeError, InvalidValueError
 
+_INTEGERS = (int, np.integer)
+
 
 def check_count(name: str, value: Any, least: int = 0) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+    if isinstance(value, bool) or not isinstance(value, _INTEGERS):
         raise InvalidTypeError(f"{name} = {value!r}: must be an integer")
     if value < least:
         raise InvalidValueError(f"{name} = {value}: must be >= {least}")
@@ -20,7 +22,7 @@ def check_count(name: str, value: Any, least: int = 0) -> None:
 
 def take_counts(name: str, value: Any, length: int) -> Sequence[int]:
     """One whole number for each of `length` sequences, from one for all or a sequence of them."""
-    if isinstance(value, int | np.integer):
+    if isinstance(value, _INTEGERS):
         check_count(name, value)
         return [int(value)] * length
     numbers = take_integers(name, value)
@@ -34,7 +36,7 @@ def take_counts(name: str, value: Any, length: int) -> Sequence[int]:
 def take_integers(name: str, value: Any) -> array[int]:
     """Whole numbers of 64 bits, from any iterable of them."""
     try:
-        if isinstance(value, bytes | bytearray):
+        if isinstance(value, (bytes, bytearray)):  # which an array takes for its memory
             raise TypeError("bytes are none")
         return array("q", value)
     except (TypeError, OverflowError, ValueError) as error:

@@ -45,6 +45,10 @@ class _Step(NamedTuple):
     copied: bool  # whether that block must be copied first
     first: int  # blocks before this one are out of the window
 
+    @property
+    def released(self) -> array[int]:
+        return self.sequence.blocks[self.sequence.released : self.first]
+
 
 class Ledger:
     """Sequences of one pool by their ids, and of a second pool while they are swapped out.
@@ -103,18 +107,20 @@ class Ledger:
         """Slots for more tokens of each sequence, and the blocks to copy before anything is written there."""
         writers: dict[int, int] = {}
         steps = [self._step(s, n, writers) for s, n in zip(sequences, counts, strict=True) if n]
-        released = [block for step in steps for block in step.sequence.blocks[step.sequence.released : step.first]]
-        needed = sum(step.new + step.copied for step in steps)
+        released = [] if self.window is None else [block for step in steps for block in step.released]
+        needed = sum([step.new + step.copied for step in steps])
         free = self.pool.num_free + self._freed(released)
         if needed > free:
             raise OutOfBlocksError(f"{needed} blocks are needed: must be at most {free}, the free ones")
-        self._release(steps, released)
+        if released:
+            self._release(steps, released)
         fresh = iter(self.pool.allocate(needed))
         slots: list[int] = []
         copies: Pairs = []
         for step in steps:
             self._extend(step, fresh, slots, copies)
-        self.pool.decref(source for source, _ in copies)
+        if copies:
+            self.pool.decref([source for source, _ in copies])
         return slots, copies
 
     def _step(self, sequence: Held, count: int, writers: dict[int, int]) -> _Step:
@@ -141,8 +147,6 @@ class Ledger:
         return sum(self.pool.count(block) == n for block, n in times.items())
 
     def _release(self, steps: Sequence[_Step], released: Sequence[int]) -> None:
-        if not released:
-            return
         self.pool.decref(released)
         for sequence, first in ((step.sequence, step.first) for step in steps):
             for i in range(sequence.released, first):
