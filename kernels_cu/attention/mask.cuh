@@ -61,6 +61,8 @@ struct ScoreAt {
 // The same of the queries [first, last] against the keys [first, last] of a tile.
 template <class Params>
 struct TileAt {
+    static constexpr int kMostLookups = 256;  // elements of a table that one tile may look up
+
     const Params& params;
     const Sequence& sequence;
     int head_index;
@@ -95,16 +97,35 @@ struct TileAt {
         else return kAnyWhole;
     }
 
-    // Known where every index is; of an ascending table also where all but the last are.
+    // Bounded by the elements that the indices may ask for, where those are few: the documents of a tile's queries, blocks
+    // that are smaller than a tile.
     template <int I, class T, class... Indices>
     __device__ __forceinline__ auto table(Indices... indices) const {
+        constexpr int kAxes = sizeof...(Indices);
+        const Interval spans[kAxes] = {indices...};
+        i64 count = 1;
+#pragma unroll
+        for (int axis = 0; axis < kAxes; ++axis) count *= spans[axis].high - spans[axis].low + 1;
+        if (count > kMostLookups) return anything<T>();
+        auto elements = one_of<I, T>(spans, 0);
+        for (int i = 1; i < count; ++i) elements = hull(elements, one_of<I, T>(spans, i));
+        return elements;
+    }
+    // Element i of a box of indices, the last axis fastest.
+    template <int I, class T, int kAxes>
+    __device__ __forceinline__ auto one_of(const Interval (&spans)[kAxes], int i) const {
         i64 offset = 0;
-        int axis = 0;
-        ((offset += indices.low * table_stride<I>(params, axis++)), ...);
-        if (!(indices.is_point() && ...)) return anything<T>();
+#pragma unroll
+        for (int axis = kAxes - 1; axis > 0; --axis) {
+            const int length = static_cast<int>(spans[axis].high - spans[axis].low + 1);
+            offset += (spans[axis].low + i % length) * table_stride<I>(params, axis);
+            i /= length;
+        }
+        offset += (spans[0].low + i) * table_stride<I>(params, 0);
         const T value = ptx::load_constant(static_cast<const T*>(params.mask_tables[I]) + offset);
         return between(value, value);
     }
+    // The same of a table that ascends along its last axis: that axis may be any interval.
     template <int I, class T, class... Indices>
     __device__ __forceinline__ auto ascending_table(Indices... indices) const {
         constexpr int kLast = sizeof...(Indices) - 1;

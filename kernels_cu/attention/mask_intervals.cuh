@@ -154,6 +154,7 @@ __device__ __forceinline__ RealInterval to_real(Interval a) { return {static_cas
 
 __device__ __forceinline__ Truth logical_and(Truth a, Truth b) { return {a.all && b.all, a.none || b.none}; }
 __device__ __forceinline__ Truth logical_or(Truth a, Truth b) { return {a.all || b.all, a.none && b.none}; }
+__device__ __forceinline__ Truth hull(Truth a, Truth b) { return {a.all && b.all, a.none && b.none}; }
 __device__ __forceinline__ Truth logical_not(Truth a) { return {a.none, a.all}; }
 __device__ __forceinline__ Truth logical_xor(Truth a, Truth b) {
     return {(a.all && b.none) || (a.none && b.all), (a.all && b.all) || (a.none && b.none)};

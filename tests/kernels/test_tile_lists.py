@@ -313,6 +313,13 @@ def test_arrays_are_read_where_intervals_need_them() -> None:
     assert report.global_read == 0
 
 
+def test_few_elements_of_an_array_bound_a_tile() -> None:
+    """The documents of a tile's tokens decide it: no pair is looked at where none of its documents is another's."""
+    asked = Asked(((128, 128),), 16, 16)
+    (report,) = run(masks.Documents(np.repeat(np.arange(4), 32)), asked).reports
+    assert report.read_by_array == {"mask_q_ids": 8 * 8 * (16 + 16) * 4}
+
+
 def test_wide_masks_are_computed_in_64_bits() -> None:
     mask = masks.where(lambda batch, head, q, k: (q * 2**40 - k * 2**39) // 2**39 % 7 < 3)
     asked = Asked(((70, 50),), 16, 16)
