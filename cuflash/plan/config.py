@@ -47,6 +47,8 @@ class ForwardConfig:
     varlen: bool
     split: bool  # writes partial states (float32, float64 for float64) for the combine kernel
     mask: str = ""  # its C++, `cuflash.masks.program.Program.code`; key tiles then come from lists
+    paged: bool = False  # keys and values lie in the blocks that a table names
+    grouped: bool = False  # rows of a tile are the query heads of a group, token after token
 
     family = "forward"
 

@@ -19,7 +19,7 @@ FEW_OUTPUTS = 96  # registers of O
 REGISTERS_PER_SM = 65536
 RESERVED_SHARED = 1024  # bytes of shared memory that the driver takes per block
 MAX_BLOCKS_PER_SM = 32
-BLOCK_FACTS = 88  # bytes in shared memory that say what the block computes, and
+BLOCK_FACTS = 96  # bytes in shared memory that say what the block computes, and
 LIST_FACTS = 16  # more where tiles come from lists
 
 # Rates of one multiprocessor, per clock.
@@ -63,7 +63,8 @@ def shared_bytes(config: KernelConfig) -> int:
     columns = round_up(config.block_dv, 32 if size == 4 else 16)  # of a tile of values
     inputs = config.block_m * depth + config.num_stages * config.block_n * (depth + columns)
     outputs = config.block_m * config.block_dv if size == 2 and not config.split else 0  # wider ones are not staged
-    return size * max(inputs, outputs) + BLOCK_FACTS + (LIST_FACTS if config.mask else 0)
+    facts = BLOCK_FACTS + (LIST_FACTS if config.mask else 0) + (16 * (config.block_n + 3) if config.paged else 0)
+    return size * max(inputs, outputs) + facts
 
 
 def registers(config: ForwardConfig) -> int:

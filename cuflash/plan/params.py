@@ -21,6 +21,8 @@ FORWARD_PARAMS = np.dtype(
         ("cu_seqlens_q", np.uint64),  # int32 (batch + 1), packed only
         ("cu_seqlens_k", np.uint64),
         ("mask_tables", np.uint64, MAX_TABLES),  # arrays that the mask looks up
+        ("block_tables", np.uint64),  # int32 (batch, table_pitch), paged only
+        ("seq_lens", np.uint64),  # int32 (batch), paged only
         ("tile_lists", np.uint64),  # int32, see `cuflash.plan.tile_lists`
         ("tile_counts", np.uint64),
         ("q_strides", np.int64, 3),  # batch, token, head
@@ -50,6 +52,8 @@ FORWARD_PARAMS = np.dtype(
         ("num_splits", np.int32),
         ("q_tiles", np.int32),  # query tiles of one head of one batch entry; packed: of one head in all
         ("list_pitch", np.int32),  # key tiles that a list has room for
+        ("block_size", np.int32),  # tokens of a block of the cache
+        ("table_pitch", np.int32),
     ],
     align=True,
 )

@@ -23,7 +23,12 @@ struct ForwardConfig {
     bool varlen;
     bool split;  // writes float32 partial states for the combine kernel
     bool mask;   // the unit defines one; key tiles come from lists
+    bool paged;    // keys and values lie in the blocks that a table names
+    bool grouped;  // rows of a tile are the query heads of a group, token after token
 };
+
+// Rows of a tile that a query has: grouped, one per head of the group.
+constexpr bool has_grouped_rows(const ForwardConfig& config) { return config.grouped; }
 
 // The three kernels of the backward pass: prepare, backward, finish.
 struct BackwardConfig {
@@ -47,6 +52,8 @@ struct BackwardConfig {
     bool mask;           // the unit defines one; query tiles come from lists
 };
 
+constexpr bool has_grouped_rows(const BackwardConfig&) { return false; }
+
 struct BiasGradientConfig {
     Element dtype;       // q, k, v, do
     Element bias_dtype;  // and dbias
@@ -62,6 +69,8 @@ struct BiasGradientConfig {
     bool varlen;
     bool mask;  // the unit defines one
 };
+
+constexpr bool has_grouped_rows(const BiasGradientConfig&) { return false; }
 
 // Which tiles a mask shows: lists of them by query tile, and from these by key tile.
 struct TileListConfig {

@@ -3,6 +3,7 @@
 
 #include "attention/work.cuh"
 #include "ptx/copy.cuh"
+#include "tile/load.cuh"
 #include "tile/product.cuh"
 #include "tile/shared_tile.cuh"
 
@@ -15,11 +16,11 @@ constexpr int store_unit(int row_bytes, int alignment) {
 }
 
 // The warp's rows of a register tile straight to global memory, elements wider than 16 bits: four lanes write 32 or 64
-// consecutive bytes. The tile's first row lies at `array`, its columns are first_column, ... of kColumns; `rows` of it
+// consecutive bytes. The tile's rows lie where `to` says, its columns are first_column, ... of kColumns; `rows` of it
 // exist. `warp_row` is the warp's first row of the tile.
-template <Element E, int kColumns, int kAlignment, int kM, int kN>
-__device__ __forceinline__ void store_sums(const Sum<E> (&x)[kM][kN][4], Storage<E>* array, i64 row_stride, int rows,
-                                           int first_column, int warp_row, int lane) {
+template <Element E, int kColumns, int kAlignment, class Rows, int kM, int kN>
+__device__ __forceinline__ void store_sums(const Sum<E> (&x)[kM][kN][4], const Rows& to, int rows, int first_column,
+                                           int warp_row, int lane) {
     constexpr bool kPairs = store_unit(bytes_of(E) * kColumns, kAlignment) >= 2 * bytes_of(E);
 #pragma unroll
     for (int m = 0; m < kM; ++m)
@@ -30,7 +31,7 @@ __device__ __forceinline__ void store_sums(const Sum<E> (&x)[kM][kN][4], Storage
 #pragma unroll
             for (int n = 0; n < kN; ++n) {
                 const int column = first_column + 8 * n + 2 * (lane % 4);
-                Storage<E>* target = array + row * row_stride + column;
+                Storage<E>* target = to.at(row) + column;
                 if constexpr (kPairs) {
                     if (column < kColumns) ptx::store_global_v2(target, as_word(x[m][n][2 * h]), as_word(x[m][n][2 * h + 1]));
                 } else {
@@ -42,9 +43,9 @@ __device__ __forceinline__ void store_sums(const Sum<E> (&x)[kM][kN][4], Storage
 }
 
 // The same of 16-bit elements: registers -> the warp's own rows of a shared tile -> whole chunks of rows.
-template <Element E, class Tile, int kColumns, int kAlignment, int kM, int kN>
-__device__ __forceinline__ void store_staged(const float (&x)[kM][kN][4], u16* array, i64 row_stride, int rows,
-                                             int first_column, u32 staging, int warp_row, int lane) {
+template <Element E, class Tile, int kColumns, int kAlignment, class Rows, int kM, int kN>
+__device__ __forceinline__ void store_staged(const float (&x)[kM][kN][4], const Rows& to, int rows, int first_column,
+                                             u32 staging, int warp_row, int lane) {
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
@@ -63,7 +64,7 @@ __device__ __forceinline__ void store_staged(const float (&x)[kM][kN][4], u16* a
         if (row >= rows) break;
         u32 value[4];
         ptx::load_shared_v4(value, staging + Tile::offset(row, chunk));
-        u16* target = array + row * row_stride + first_column + 8 * chunk;
+        u16* target = to.at(row) + first_column + 8 * chunk;
         const int columns = kColumns - first_column - 8 * chunk;  // that remain in the row
         if constexpr (kUnit == 16) {
             if (columns > 0) ptx::store_global_v4(target, value);
@@ -80,28 +81,26 @@ __device__ __forceinline__ void store_staged(const float (&x)[kM][kN][4], u16* a
 }
 
 // The same of any elements; `staging` and Tile are for those of 16 bits.
-template <Element E, class Tile, int kColumns, int kAlignment, int kM, int kN>
-__device__ __forceinline__ void store_rows(const Sum<E> (&x)[kM][kN][4], Storage<E>* array, i64 row_stride, int rows,
-                                           int first_column, u32 staging, int warp_row, int lane) {
+template <Element E, class Tile, int kColumns, int kAlignment, class Rows, int kM, int kN>
+__device__ __forceinline__ void store_rows(const Sum<E> (&x)[kM][kN][4], const Rows& to, int rows, int first_column,
+                                           u32 staging, int warp_row, int lane) {
     if constexpr (bytes_of(E) == 2) {
-        store_staged<E, Tile, kColumns, kAlignment>(x, array, row_stride, rows, first_column, staging, warp_row, lane);
+        store_staged<E, Tile, kColumns, kAlignment>(x, to, rows, first_column, staging, warp_row, lane);
     } else {
-        store_sums<E, kColumns, kAlignment>(x, array, row_stride, rows, first_column, warp_row, lane);
+        store_sums<E, kColumns, kAlignment>(x, to, rows, first_column, warp_row, lane);
     }
 }
 
 // lse of the warp's rows; one lane of the four that hold a row writes.
-template <ForwardConfig C, class T, int kM>
-__device__ __forceinline__ void store_lse(const T (&row_lse)[kM][2], T* lse, i64 row_stride, const Work& work,
-                                          int warp_row, int lane) {
-    const int rows = work.row_end(C.block_m) - work.row_begin;
+template <class T, class Rows, int kM>
+__device__ __forceinline__ void store_lse(const T (&row_lse)[kM][2], const Rows& to, int rows, int warp_row, int lane) {
     if (lane % 4 != 0) return;
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int row = warp_row + 16 * m + 8 * h + lane / 4;
-            if (row < rows) lse[row * row_stride] = row_lse[m][h];
+            if (row < rows) *to.at(row) = row_lse[m][h];
         }
 }
 

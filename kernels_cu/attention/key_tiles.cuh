@@ -49,12 +49,13 @@ struct KeyTiles {
     template <ForwardConfig C, class Mask>
     static __device__ __forceinline__ KeyTiles of(const ForwardParams& params, const Work& work) {
         const Window window(params, work);
-        const int row_last = work.row_end(C.block_m) - 1;
+        const int each = C.grouped ? params.group : 1;  // rows that a query has
+        const int row_first = work.row_begin / each, row_last = (work.row_end(C.block_m) - 1) / each;
         KeyTiles tiles;
-        tiles.keys.begin = C.windowed ? window.begin(work.row_begin) : 0;
+        tiles.keys.begin = C.windowed ? window.begin(row_first) : 0;
         tiles.keys.end = C.windowed ? window.end(row_last) : work.len_k;
         const int full_begin = C.windowed ? window.begin(row_last) : 0;
-        const int full_end = C.windowed ? window.end(work.row_begin) : work.len_k;
+        const int full_end = C.windowed ? window.end(row_first) : work.len_k;
         tiles.first = tiles.keys.begin / C.block_n;
         tiles.last = tiles.keys.begin < tiles.keys.end ? 1 + (tiles.keys.end - 1) / C.block_n : tiles.first;
         const int full_last = max(full_end / C.block_n, tiles.first);

@@ -1,5 +1,5 @@
 // Tiles that a mask shows, taken from lists (kernels/tile_rows.cu, kernels/tile_columns.cu). They stand in the place of
-// KeyTiles and QueryTiles in shared memory: entries of the list come by asynchronous copies, two visits ahead.
+// KeyTiles and QueryTiles in shared memory: entries of the list come by asynchronous copies, some visits ahead.
 #pragma once
 
 #include "attention/mask.cuh"
@@ -25,10 +25,11 @@ struct ListedKeyTiles {
     int begin, end;  // positions [begin, end) are this block's
     int last;        // index of the list's last place
     const int* list;
-    int ring[4];  // entries of positions p, p + 1 and p + 2 while p is visited
+    int ring[4];  // entries of positions p to p + 2 while p is visited
 
     template <ForwardConfig C, class Mask>
     static __device__ __forceinline__ ListedKeyTiles of(const ForwardParams& params, const Work& work) {
+        static_assert(!C.grouped);  // lists are of tiles of queries
         const int slot = (C.varlen ? work.q_start / C.block_m + work.sequence : 0) + work.row_begin / C.block_m;
         const i64 index = list_index<Mask>(work.batch_entry, work.head, params.num_heads, slot, params.q_tiles);
         ListedKeyTiles tiles;
@@ -44,7 +45,7 @@ struct ListedKeyTiles {
         tiles.list = params.tile_lists + index * params.list_pitch;
         tiles.last = params.list_pitch - 1;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        for (int i = 0; i < 3; ++i) {
             const int position = tiles.begin + i;
             if (position < tiles.end) tiles.ring[position % 4] = *tiles.entry(position);
         }
@@ -57,7 +58,7 @@ struct ListedKeyTiles {
     __device__ __forceinline__ int cut_end() const { return min(partial, end); }
     __device__ __forceinline__ int tile(int position) const { return ring[position % 4]; }
 
-    // Start the copy of the entry of a position two visits ahead; one thread does. Its place was read last two visits ago.
+    // Start the copy of the entry of a position three visits ahead; one thread does. Its place was read last a visit ago.
     __device__ __forceinline__ void fetch(int position) const {
         if (position < end) ptx::cp_async_narrow<4>(ptx::shared_address(&ring[position % 4]), entry(position), 4);
     }

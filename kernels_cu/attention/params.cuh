@@ -19,6 +19,8 @@ struct ForwardParams {
     const int* cu_seqlens_q;  // (batch + 1), packed only
     const int* cu_seqlens_k;
     const void* mask_tables[kMaxTables];  // arrays that the mask looks up
+    const int* block_tables;  // (batch, table_pitch): of each sequence the blocks of the cache that hold its keys; paged only
+    const int* seq_lens;      // (batch): its keys; paged only
     const int* tile_lists;   // of each query tile its key tiles: (batch or 1, num_heads or 1, q_tiles, list_pitch)
     const int* tile_counts;  // how many: (batch or 1, num_heads or 1, q_tiles, 2), partial and full ones
     i64 q_strides[3];  // batch, token, head
@@ -48,6 +50,8 @@ struct ForwardParams {
     int num_splits;
     int q_tiles;  // query tiles of one head of one batch entry; packed: of one head in all
     int list_pitch;  // key tiles that a list has room for
+    int block_size;  // tokens of a block of the cache; paged, k_strides and v_strides are of block, token, head
+    int table_pitch;
 };
 
 // Of the backward pass; R = q_tiles * block_m rows per head, in which each sequence begins a tile of its own. Workspaces

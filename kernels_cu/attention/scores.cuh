@@ -53,6 +53,7 @@ struct ScoreRule {
     using T = Sum<C.dtype>;
     static constexpr bool kBiased = C.bias_dtype != Element::none;
     static constexpr bool kRaw = !C.softcapped && !kBiased;
+    static constexpr bool kGrouped = has_grouped_rows(C);
 
     const Params& params;
     const Sequence& sequence;
@@ -69,6 +70,15 @@ struct ScoreRule {
             const i64 offset = sequence.sequence * params.bias_strides[0] + head * params.bias_strides[1];
             head_bias = static_cast<const char*>(params.bias) + offset * bytes_of(C.bias_dtype);
         }
+    }
+
+    // Of a row that belongs to a query, where heads of a group share a tile: which query and which head. Else a row is a
+    // query, or transposed a key.
+    __device__ __forceinline__ int query_of(int row) const { return kGrouped ? row / params.group : row; }
+    __device__ __forceinline__ int head_of(int row) const { return kGrouped ? head + row % params.group : head; }
+    __device__ __forceinline__ const char* bias_of(int row) const {
+        if constexpr (!kGrouped) return head_bias;
+        else return head_bias + row % params.group * params.bias_strides[1] * bytes_of(C.bias_dtype);
     }
 
     // Base-2 score of what `apply` leaves in S: multiplier * S.
@@ -116,7 +126,7 @@ struct ScoreRule {
         const T inner = C.softcapped ? scale / softcap : scale * kLog2E<T>;
         const i64 row_stride = params.bias_strides[kTransposed ? 3 : 2];
         const i64 column_stride = params.bias_strides[kTransposed ? 2 : 3];
-        const char* bias = head_bias + (row * row_stride + first * column_stride) * bytes_of(C.bias_dtype);
+        const char* bias = bias_of(row) + (query_of(row) * row_stride + first * column_stride) * bytes_of(C.bias_dtype);
         const i64 step = 8 * column_stride * bytes_of(C.bias_dtype);  // bytes from one n to the next
         const int begin = columns.begin - first, end = columns.end - first;
 #pragma unroll
@@ -130,7 +140,7 @@ struct ScoreRule {
                     score = softcap * kLog2E<T> * t;
                 }
                 if constexpr (kBiased) {
-                    const bool exists = row < (kTransposed ? sequence.len_k : sequence.len_q);
+                    const bool exists = query_of(row) < (kTransposed ? sequence.len_k : sequence.len_q);
                     if (exists && (!kCut || (begin <= 8 * n + e && 8 * n + e < end))) {
                         score = fma(static_cast<T>(load_element<C.bias_dtype>(bias, e * column_stride)), kLog2E<T>, score);
                     }
@@ -148,8 +158,8 @@ struct ScoreRule {
             if constexpr (C.windowed) begin = window.begin_query(row);
             end = row >= sequence.len_k ? 0 : C.windowed ? window.end_query(row) : sequence.len_q;
         } else {
-            if constexpr (C.windowed) begin = window.begin(row);
-            end = C.windowed ? window.end(row) : sequence.len_k;
+            if constexpr (C.windowed) begin = window.begin(query_of(row));
+            end = C.windowed ? window.end(query_of(row)) : sequence.len_k;
         }
         begin -= first, end -= first;
 #pragma unroll
@@ -172,9 +182,9 @@ struct ScoreRule {
 #pragma unroll 1
         for (int i = 0; i < 2 * kN; ++i) {
             const int column = first + i / 2 * 8 + i % 2;
-            const int r = min(row, last_row), c = min(column, last_column);
-            const bool shown = shows<Mask>(params, sequence, head, kTransposed ? c : r, kTransposed ? r : c);
-            visible |= static_cast<u32>(shown && row <= last_row && column <= last_column) << i;
+            const int r = min(query_of(row), last_row), c = min(column, last_column);
+            const bool shown = shows<Mask>(params, sequence, head_of(row), kTransposed ? c : r, kTransposed ? r : c);
+            visible |= static_cast<u32>(shown && query_of(row) <= last_row && column <= last_column) << i;
         }
 #pragma unroll
         for (int n = 0; n < kN; ++n)

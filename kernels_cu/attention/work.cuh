@@ -19,14 +19,13 @@ struct Sequence {
 
 // A query tile of it, for a block of the forward pass.
 struct Work : Sequence {
-    int head;
-    int row_begin;  // first query of the tile; a tile at or past len_q has nothing to do
+    int head;       // if rows are grouped, the first of the group
+    int row_begin;  // first row of the tile; a tile at or past the last row has nothing to do
     int chunk;      // of block_dv output columns
     int split;      // of the tile's keys
+    int rows;       // of all tiles of the sequence: its queries, or as many for each head of a group
 
-    __device__ __forceinline__ int row_end(int block_m) const {
-        return row_begin + min(block_m, len_q - row_begin);
-    }
+    __device__ __forceinline__ int row_end(int block_m) const { return row_begin + min(block_m, rows - row_begin); }
 };
 
 // Entry `index` of cu_seqlens, wherever it may point, as a token in [0, total].
@@ -36,12 +35,13 @@ __device__ __forceinline__ int token_at(const int* cu_seqlens, int index, int to
 
 // Sequence b of a packed problem owns the tiles from slot floor(start_b / block) + b on. The next sequence's first slot is
 // at least ceil(len_b / block) later, so a search in cu_seqlens finds the owner of a slot. Sequence `batch` stands for the
-// tokens past the last one: queries there see no key, keys there are seen by no query.
-__device__ __forceinline__ int sequence_of_slot(const int* cu_seqlens, int batch, int total, int block, int slot) {
+// tokens past the last one: queries there see no key, keys there are seen by no query. `each`: rows that a token has.
+__device__ __forceinline__ int sequence_of_slot(const int* cu_seqlens, int batch, int total, int block, int slot,
+                                                int each = 1) {
     int low = 0, high = batch + 1;
     while (high - low > 1) {
         const int middle = low + (high - low) / 2;
-        if (token_at(cu_seqlens, middle, total) / block + middle <= slot) low = middle;
+        if (token_at(cu_seqlens, middle, total) * each / block + middle <= slot) low = middle;
         else high = middle;
     }
     return low;
@@ -53,19 +53,26 @@ __device__ __forceinline__ int first_row_of_slot(int slot, int start, int sequen
     return tile < 0 ? len : static_cast<int>(min(tile * i64{block}, i64{len}));
 }
 
-// Sequence b of a packed problem; lengths are clamped to what the problem says.
+// The queries of sequence b of a packed problem; lengths are clamped to what the problem says.
+template <class Params>
+__device__ __forceinline__ void locate_queries(Sequence& to, const Params& params, int b) {
+    const bool real = b < params.batch;  // else: the tokens past the last sequence
+    to.q_start = token_at(params.cu_seqlens_q, b, params.total_q);
+    const int q_stop = real ? token_at(params.cu_seqlens_q, b + 1, params.total_q) : params.total_q;
+    to.len_q = max(q_stop - to.q_start, 0);
+    if (real) to.len_q = min(to.len_q, params.seqlen_q);
+}
+
+// Sequence b of a packed problem.
 template <class Params>
 __device__ __forceinline__ void locate_packed(Sequence& to, const Params& params, int b) {
-    const bool real = b < params.batch;  // else: the tokens past the last sequence
+    const bool real = b < params.batch;
     to.batch_entry = 0;
     to.sequence = b;
-    to.q_start = token_at(params.cu_seqlens_q, b, params.total_q);
     to.k_start = token_at(params.cu_seqlens_k, b, params.total_k);
-    const int q_stop = real ? token_at(params.cu_seqlens_q, b + 1, params.total_q) : params.total_q;
     const int k_stop = real ? token_at(params.cu_seqlens_k, b + 1, params.total_k) : to.k_start;
-    to.len_q = max(q_stop - to.q_start, 0);
+    locate_queries(to, params, b);
     to.len_k = min(max(k_stop - to.k_start, 0), params.seqlen_k);
-    if (real) to.len_q = min(to.len_q, params.seqlen_q);
 }
 
 template <class Params>
@@ -74,6 +81,20 @@ __device__ __forceinline__ void locate_dense(Sequence& to, const Params& params,
     to.q_start = to.k_start = 0;
     to.len_q = params.seqlen_q;
     to.len_k = params.seqlen_k;
+}
+
+// Keys of sequence b that a paged cache holds, as many as the table has room for.
+__device__ __forceinline__ int cached_keys(const ForwardParams& params, int b) {
+    return min(max(params.seq_lens[b], 0), params.seqlen_k);
+}
+
+// Sequence b of packed queries over a paged cache.
+__device__ __forceinline__ void locate_paged(Sequence& to, const ForwardParams& params, int b) {
+    to.batch_entry = 0;
+    to.sequence = b;
+    to.k_start = 0;
+    locate_queries(to, params, b);
+    to.len_k = b < params.batch ? cached_keys(params, b) : 0;
 }
 
 // First element of a row of q, k, v or o; strides of batch entry, token, head.
@@ -103,13 +124,18 @@ __device__ __forceinline__ Work decode_work(const ForwardParams& params) {
     const int slot = C.windowed || C.mask ? params.q_tiles - 1 - digits.next(params.q_tiles) : digits.next(params.q_tiles);
     work.split = C.split ? digits.next(params.num_splits) : 0;
     work.chunk = digits.next(kChunks);
-    work.head = digits.next(params.num_heads);
+    const int each = C.grouped ? params.group : 1;  // rows that a query has
+    work.head = digits.next(C.grouped ? params.num_heads / each : params.num_heads) * each;
     if constexpr (C.varlen) {
-        const int b = sequence_of_slot(params.cu_seqlens_q, params.batch, params.total_q, C.block_m, slot);
-        locate_packed(work, params, b);
-        work.row_begin = first_row_of_slot(slot, work.q_start, b, C.block_m, work.len_q);
+        const int b = sequence_of_slot(params.cu_seqlens_q, params.batch, params.total_q, C.block_m, slot, each);
+        if constexpr (C.paged) locate_paged(work, params, b);
+        else locate_packed(work, params, b);
+        work.rows = work.len_q * each;
+        work.row_begin = first_row_of_slot(slot, work.q_start * each, b, C.block_m, work.rows);
     } else {
         locate_dense(work, params, static_cast<int>(digits.rest));
+        if constexpr (C.paged) work.len_k = cached_keys(params, work.sequence);
+        work.rows = work.len_q * each;
         work.row_begin = slot * C.block_m;
     }
     return work;

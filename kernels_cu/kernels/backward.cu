@@ -243,13 +243,13 @@ __device__ __forceinline__ void backward(const BackwardParams& params) {
         scale_by(dK, scale_of<T>(params));
         auto* dk = row_at(static_cast<Element*>(params.dk), params.dk_strides, work.batch_entry, token, work.kv_head);
         store_rows<C.dtype, typename Tiles::Dk, C.head_dim, C.store_bytes>(
-            dK, dk, params.dk_strides[1], work.rows, work.chunk * C.block_d + here.share * Tiles::Dk::kCols,
+            dK, StridedRows<Element>{dk, params.dk_strides[1]}, work.rows, work.chunk * C.block_d + here.share * Tiles::Dk::kCols,
             ptx::shared_address(shared.dk[here.share]), here.key, here.lane);
     }
     if (has_dv) {
         auto* dv = row_at(static_cast<Element*>(params.dv), params.dv_strides, work.batch_entry, token, work.kv_head);
         store_rows<C.dtype, typename Tiles::Dv, C.head_dim_v, C.store_bytes>(
-            dV, dv, params.dv_strides[1], work.rows, work.chunk * C.block_dv + here.share * Tiles::Dv::kCols,
+            dV, StridedRows<Element>{dv, params.dv_strides[1]}, work.rows, work.chunk * C.block_dv + here.share * Tiles::Dv::kCols,
             ptx::shared_address(shared.dv[here.share]), here.key, here.lane);
     }
 }

@@ -35,7 +35,7 @@ __device__ __forceinline__ void finish(const BackwardParams& params) {
     scale_by(dQ, scale_of<Sum<C.dtype>>(params));
     T* dq = row_at(static_cast<T*>(params.dq), params.dq_strides, work.batch_entry, work.q_start + work.row_begin, work.head);
     store_rows<C.dtype, Tile, C.head_dim, C.store_bytes>(
-        dQ, dq, params.dq_strides[1], min(C.block_m, work.len_q - work.row_begin), chunk * C.block_d + 16 * column,
+        dQ, StridedRows<T>{dq, params.dq_strides[1]}, min(C.block_m, work.len_q - work.row_begin), chunk * C.block_d + 16 * column,
         ptx::shared_address(staging[warp / Query::kWarpRows]), 16 * Query::first_row_block(warp), lane);
 }
 

@@ -6,6 +6,7 @@
 #include "attention/config.cuh"
 #include "attention/epilogue.cuh"
 #include "attention/listed_tiles.cuh"
+#include "attention/paged_rows.cuh"
 #include "attention/params.cuh"
 #include "attention/scores.cuh"
 #include "attention/settled.cuh"
@@ -23,6 +24,7 @@ struct ForwardShared {
     using T = Storage<C.dtype>;
     using Tiles = Conditional<C.mask, ListedKeyTiles, KeyTiles>;
     static constexpr bool kStaged = sizeof(T) == 2 && !C.split;  // whether O goes through shared memory
+    static constexpr int kKeys = C.block_n;
     static constexpr int kColumnsOfV = round_up(C.block_dv, sizeof(T) == 4 ? 32 : 16);  // where lanes read V by words
     union {
         struct {
@@ -36,6 +38,7 @@ struct ForwardShared {
     Tiles tiles;
     const T* keys;    // first row of this sequence and head
     const T* values;  // the same, first column of this block's chunk
+    [[no_unique_address]] TableParts<C.paged, C.block_n> table;
 };
 
 // Where the calling thread stands in its block. Made anew by each part of the kernel that needs it, not held throughout.
@@ -54,9 +57,22 @@ __device__ __forceinline__ void locate(ForwardShared<C>& shared, const ForwardPa
     const int kv_head = work.head / params.group;
     shared.work = work;
     shared.tiles = ForwardShared<C>::Tiles::template of<C, Mask>(params, work);
-    shared.keys = row_at(static_cast<const T*>(params.k), params.k_strides, work.batch_entry, work.k_start, kv_head);
-    shared.values = row_at(static_cast<const T*>(params.v), params.v_strides, work.batch_entry, work.k_start, kv_head) +
+    const int batch_entry = C.paged ? 0 : work.batch_entry;  // a cache has none: its strides are of block, token, head
+    shared.keys = row_at(static_cast<const T*>(params.k), params.k_strides, batch_entry, work.k_start, kv_head);
+    shared.values = row_at(static_cast<const T*>(params.v), params.v_strides, batch_entry, work.k_start, kv_head) +
                     work.chunk * C.block_dv;
+}
+
+// The block's rows of q, o or lse, from `first` on; strides of batch entry, token, head.
+template <ForwardConfig C, class T>
+__device__ __forceinline__ auto rows_of(T* array, const i64 (&strides)[3], const Work& work, const ForwardParams& params,
+                                        int first) {
+    if constexpr (C.grouped) {
+        T* token = row_at(array, strides, work.batch_entry, work.q_start, work.head);
+        return GroupedRows<T>{token, strides[1], strides[2], params.group, first};
+    } else {
+        return StridedRows<T>{row_at(array, strides, work.batch_entry, work.q_start + first, work.head), strides[1]};
+    }
 }
 
 // Normalised O and lse of the block's rows to where they belong: the results, or a split's partial state.
@@ -66,19 +82,33 @@ __device__ __forceinline__ void store_results(const T (&O)[kM][kN][4], const T (
     constexpr Element kTo = C.split ? sum_element(C.dtype) : C.dtype;
     const Work& work = shared.work;
     const Place<kM> here;
-    const int token = work.q_start + work.row_begin, rows = work.row_end(C.block_m) - work.row_begin;
+    const int rows = work.row_end(C.block_m) - work.row_begin;
     if constexpr (ForwardShared<C>::kStaged) __syncthreads();  // everyone is done with Q, K and V, whose place O takes
     auto* o = static_cast<Storage<kTo>*>(params.o);
     if constexpr (C.split) o += work.split * params.o_split_stride;
     store_rows<kTo, SharedTile<C.block_m, C.block_dv, Storage<kTo>>, C.head_dim_v, C.store_bytes>(
-        O, row_at(o, params.o_strides, work.batch_entry, token, work.head), params.o_strides[1], rows,
-        work.chunk * C.block_dv, ptx::shared_address(shared.o), here.row, here.lane);
+        O, rows_of<C>(o, params.o_strides, work, params, work.row_begin), rows, work.chunk * C.block_dv,
+        ptx::shared_address(shared.o), here.row, here.lane);
     if (params.lse != nullptr && work.chunk == 0) {
-        T* target = static_cast<T*>(params.lse) + work.split * params.lse_split_stride +
-                    work.batch_entry * params.lse_strides[0] + work.head * params.lse_strides[1] +
-                    token * params.lse_strides[2];
-        store_lse<C>(lse, target, params.lse_strides[2], work, here.row, here.lane);
+        const i64 strides[3] = {params.lse_strides[0], params.lse_strides[2], params.lse_strides[1]};
+        T* target = static_cast<T*>(params.lse) + work.split * params.lse_split_stride;
+        store_lse(lse, rows_of<C>(target, strides, work, params, work.row_begin), rows, here.row, here.lane);
     }
+}
+
+// The first key of the tile at `position` that is read.
+template <class Shared>
+__device__ __forceinline__ int first_key(const Shared& shared, int position) {
+    return max(shared.tiles.tile(position) * Shared::kKeys, shared.tiles.keys.begin);
+}
+
+// Rows of the cache that hold the tile at `position`.
+template <class Shared>
+__device__ __forceinline__ PagedRows<typename Shared::T> paged_rows(const Shared& shared, const ForwardParams& params,
+                                                                    const typename Shared::T* cache,
+                                                                    const i64 (&strides)[3], int position) {
+    return {cache, strides[0], strides[1], shared.table.entries[position % 4],
+            first_key(shared, position) / params.block_size, params.block_size};
 }
 
 template <ForwardConfig C, class Mask = NoMask>
@@ -105,18 +135,43 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
     const typename Shared::Tiles& tiles = shared.tiles;
     if (ptx::thread_index() == 0) locate<C, Mask>(shared, params);
     __syncthreads();  // work and tiles are known to everyone
-    if (work.row_begin >= work.len_q) return;
+    if (work.row_begin >= work.rows) return;
+
+    // Start the copy of the entries of the table that lead to the tile at `position`.
+    const auto fetch_table = [&](int position) {
+        if constexpr (C.paged) {
+            if (position >= tiles.end) return;
+            const int end = min((tiles.tile(position) + 1) * C.block_n, tiles.keys.end);
+            const int* table = params.block_tables + work.sequence * i64{params.table_pitch};
+            fetch_entries<kThreads>(shared.table.entries[position % 4], table, params.block_size,
+                                    first_key(shared, position), end);
+        }
+    };
 
     // Start the copy of K(j) or V(j), j the tile at `position`; of a cut tile, only of the visible keys.
     const auto load_k = [&](int position) {
-        KLoader::load(position < tiles.cut_end(), ptx::shared_address(shared.k[position % kStages]), shared.keys,
-                      params.k_strides[1], C.head_dim, tiles.tile(position) * C.block_n, tiles.keys.begin, tiles.keys.end);
+        if constexpr (C.paged) {
+            KLoader::load_scattered(ptx::shared_address(shared.k[position % kStages]),
+                                    paged_rows(shared, params, shared.keys, params.k_strides, position), C.head_dim,
+                                    tiles.tile(position) * C.block_n, tiles.keys.begin, tiles.keys.end);
+        } else {
+            KLoader::load(position < tiles.cut_end(), ptx::shared_address(shared.k[position % kStages]), shared.keys,
+                          params.k_strides[1], C.head_dim, tiles.tile(position) * C.block_n, tiles.keys.begin,
+                          tiles.keys.end);
+        }
     };
     const auto load_v = [&](int position) {
         int columns = C.head_dim_v - work.chunk * C.block_dv;
         if constexpr (VTile::kCols > C.block_dv) columns = min(columns, C.block_dv);
-        VLoader::load(position < tiles.cut_end(), ptx::shared_address(shared.v[position % kStages]), shared.values,
-                      params.v_strides[1], columns, tiles.tile(position) * C.block_n, tiles.keys.begin, tiles.keys.end);
+        if constexpr (C.paged) {
+            VLoader::load_scattered(ptx::shared_address(shared.v[position % kStages]),
+                                    paged_rows(shared, params, shared.values, params.v_strides, position), columns,
+                                    tiles.tile(position) * C.block_n, tiles.keys.begin, tiles.keys.end);
+        } else {
+            VLoader::load(position < tiles.cut_end(), ptx::shared_address(shared.v[position % kStages]), shared.values,
+                          params.v_strides[1], columns, tiles.tile(position) * C.block_n, tiles.keys.begin,
+                          tiles.keys.end);
+        }
     };
     // The same for the next tile, if there is one, with two stages K and V.
     const auto load_next = [&](int position) {
@@ -170,8 +225,9 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
         if constexpr (kStages == 1) load_v(position);
         else load_next(position);
         if constexpr (C.mask) {
-            if (ptx::thread_index() == 0) tiles.fetch(position + 2);
+            if (ptx::thread_index() == 0) tiles.fetch(position + 3);
         }
+        fetch_table(position + 2);  // where entries of position - 2 were
         ptx::cp_async_commit();
 
         T S[kM][2 * kN][4];
@@ -192,9 +248,21 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
     };
 
     if (tiles.begin < tiles.end) {
-        const auto* q = row_at(static_cast<const typename Shared::T*>(params.q), params.q_strides, work.batch_entry, work.q_start, work.head);
-        QLoader::load(true, ptx::shared_address(shared.q), q, params.q_strides[1], C.head_dim, work.row_begin, 0,
-                      work.len_q);
+        const auto* q = static_cast<const typename Shared::T*>(params.q);
+        const auto q_rows = rows_of<C>(q, params.q_strides, work, params, 0);
+        if constexpr (C.grouped) {
+            QLoader::load_scattered(ptx::shared_address(shared.q), q_rows, C.head_dim, work.row_begin, 0, work.rows);
+        } else {
+            QLoader::load(true, ptx::shared_address(shared.q), q_rows.array, q_rows.stride, C.head_dim, work.row_begin, 0,
+                          work.rows);
+        }
+        if constexpr (C.paged) {
+            fetch_table(tiles.begin);
+            fetch_table(tiles.begin + 1);
+            ptx::cp_async_commit();
+            ptx::cp_async_wait<0>();
+            __syncthreads();  // the entries that lead to the first two tiles have landed
+        }
         load_k(tiles.begin);
         if constexpr (kStages == 2) load_v(tiles.begin);
         ptx::cp_async_commit();

@@ -7,6 +7,28 @@
 
 namespace cuflash {
 
+// Rows that lie a stride apart.
+template <class T>
+struct StridedRows {
+    T* array;
+    i64 stride;
+
+    __device__ __forceinline__ T* at(int row) const { return array + row * stride; }
+};
+
+// Rows of the heads of a group, token after token.
+template <class T>
+struct GroupedRows {
+    T* array;  // first token of the sequence, first head of the group
+    i64 token_stride, head_stride;
+    int group;
+    int first;  // what row 0 is of them
+
+    __device__ __forceinline__ T* at(int row) const {
+        return array + (first + row) / group * token_stride + (first + row) % group * head_stride;
+    }
+};
+
 // All threads of a block load tiles [rows][cols] of an array. A thread keeps one column of chunks (and those kSpan
 // further), so that a row costs one pointer addition. Accesses are kLoadBytes wide: asynchronous copies from 4 bytes up,
 // completed by the caller's commit and wait; plain loads of 2 bytes. kPadded: the array has fewer columns than the tile.
@@ -23,6 +45,27 @@ struct TileLoader {
                                                 int first_row, int begin, int end) {
         if (partial) load_rows<true>(tile, array, row_stride, columns, first_row, begin, end);
         else load_rows<false>(tile, array, row_stride, columns, first_row, begin, end);
+    }
+
+    // The same of rows that lie anywhere: `rows.at(row)` is asked for rows in [begin, end) alone.
+    template <class Rows>
+    static __device__ __forceinline__ void load_scattered(u32 tile, const Rows& rows, int columns, int first_row, int begin,
+                                                          int end) {
+        const int thread = ptx::thread_index();
+        const int row = thread / Tile::kSpan, chunk = thread % Tile::kSpan;
+        const u32 target = tile + Tile::offset(row, chunk);
+#pragma unroll
+        for (int i = 0; i < kRows; i += kRowStep) {
+            if (kRows % kRowStep != 0 && row + i >= kRows) break;
+            const int array_row = first_row + row + i;
+            const bool in_range = begin <= array_row && array_row < end;
+            const T* source = rows.at(min(max(array_row, begin), end - 1)) + Tile::kPerChunk * chunk;
+#pragma unroll
+            for (int j = 0; j < Tile::kChunks; j += Tile::kSpan) {
+                const int row_left = kPadded ? min(max(kBytes * columns - 16 * (chunk + j), 0), 16) : 16;
+                copy_chunk<true>(Tile::step(target, i, j), source + Tile::kPerChunk * j, in_range ? row_left : 0);
+            }
+        }
     }
 
     template <bool kPartial>
