@@ -1,7 +1,7 @@
 """cuflash: exact, IO-aware attention for NumPy, CuPy and DLPack arrays, with no deep-learning framework.
 
-Public: `attention`, `attention_varlen`, `merge_states`, `vjp`, `emulate`, `Options`, the errors, and the modules
-`masks`, `sparse`, `reference`, `io_model` and `emulator`, which load when they are first used.
+Public: `attention`, `attention_varlen`, `paged_attention`, `merge_states`, `vjp`, `emulate`, `Options`, the errors, and
+the modules `masks`, `sparse`, `reference`, `io_model` and `emulator`, which load when they are first used.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from cuflash.errors import (
 )
 from cuflash.merge import merge_states
 from cuflash.options import Options
+from cuflash.paged import paged_attention
 from cuflash.vjp import vjp
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ __all__ = [
     "io_model",
     "masks",
     "merge_states",
+    "paged_attention",
     "reference",
     "sparse",
     "vjp",

@@ -21,7 +21,7 @@ from cuflash.options import Options
 from cuflash.plan.backward import check_gradient_shape, plan_backward
 from cuflash.plan.forward import MAX_HEAD_DIM
 from cuflash.plan.params import BACKWARD_PARAMS
-from cuflash.tile_lists import ListLaunches
+from cuflash.tile_lists import Lengths, ListLaunches
 
 Pullback = Callable[[NativeArray, NativeArray | None], tuple[NativeArray, ...]]
 
@@ -168,8 +168,8 @@ def _launch(
         words[AT["cu_seqlens_k"]] = call.read(cu_seqlens_k, "cu_seqlens_k")
     if launches.lists is not None and operands.mask is not None:
         tables = tile_lists.table_addresses(call, device, operands.mask)
-        cu_seqlens = int(words[AT["cu_seqlens_q"]]), int(words[AT["cu_seqlens_k"]])
-        lists = tile_lists.tile_lists(call, device, launches.lists, operands.mask, tables, cu_seqlens)
+        lengths = Lengths(int(words[AT["cu_seqlens_q"]]), int(words[AT["cu_seqlens_k"]]))
+        lists = tile_lists.tile_lists(call, device, launches.lists, operands.mask, tables, lengths)
         words[AT["mask_tables"]], (words[AT["tile_lists"]], words[AT["tile_counts"]]) = tables, lists
     for name, array in zip(("dq", "dk", "dv", "dbias"), gradients, strict=False):
         words[AT[name]] = call.write(array, name)

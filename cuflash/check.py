@@ -42,11 +42,13 @@ class Scores(NamedTuple):
 
 
 class Packing(NamedTuple):
-    """How many sequences a packed problem has and what bounds their lengths."""
+    """How many sequences a problem has whose lengths are data, and what bounds them."""
 
     batch: int
     max_seqlen_q: int
     max_seqlen_k: int
+    packed: bool = True  # queries are; else all sequences have as many
+    block_size: int | None = None  # of the cache, if keys are in one; else they are packed
 
 
 def scores(causal: object, window: object, scale: object, softcap: object, mask: object = None) -> Scores:
@@ -124,9 +126,12 @@ def _positive(name: str, value: object) -> float:
 def problem(q: Layout, k: Layout, v: Layout, bias: Layout | None, asked: Scores, packing: Packing | None) -> Problem:
     """The problem that arrays of these layouts pose."""
     dtype = _common_dtype(q, k, v)
-    axes_q, axes_k, axes_v = (
-        _axes(name, array.shape, q.shape, packing) for name, array in (("q", q), ("k", k), ("v", v))
-    )
+    packed = packing is not None and packing.packed
+    axes_q = _axes("q", q.shape, q.shape, packed)
+    if packing is not None and packing.block_size is not None:
+        axes_k, axes_v = (_cache_axes(name, array.shape, axes_q.batch) for name, array in (("k", k), ("v", v)))
+    else:
+        axes_k, axes_v = (_axes(name, array.shape, q.shape, packed) for name, array in (("k", k), ("v", v)))
     _require_same("k", k, "batch", axes_k.batch, axes_q.batch, "q")
     _require_same("k", k, "head_dim", axes_k.dim, axes_q.dim, "q")
     _require_same("v", v, "batch", axes_v.batch, axes_q.batch, "q")
@@ -135,7 +140,7 @@ def problem(q: Layout, k: Layout, v: Layout, bias: Layout | None, asked: Scores,
     if axes_q.heads % axes_k.heads if axes_k.heads else axes_q.heads:
         heads = f"{axes_q.heads} heads must be a multiple of the {axes_k.heads} of k"
         raise InvalidShapeError(f"q.shape = {q.shape}: {heads}")
-    batch, seqlen_q, seqlen_k = packing or (axes_q.batch, axes_q.tokens, axes_k.tokens)
+    batch, seqlen_q, seqlen_k = packing[:3] if packing else (axes_q.batch, axes_q.tokens, axes_k.tokens)
     if bias is not None:
         _check_bias(bias, (batch, axes_q.heads, seqlen_q, seqlen_k), len(q.shape), packing is not None)
     scale = default_scale(axes_q.dim) if asked.scale is None else asked.scale
@@ -154,8 +159,9 @@ def problem(q: Layout, k: Layout, v: Layout, bias: Layout | None, asked: Scores,
         left=asked.left,
         right=asked.right,
         bias_dtype=None if bias is None else DTYPE_NAMES[bias.dtype],
-        total_q=None if packing is None else axes_q.tokens,
-        total_k=None if packing is None else axes_k.tokens,
+        total_q=axes_q.tokens if packed else None,
+        total_k=axes_k.tokens if packed else None,
+        block_size=None if packing is None else packing.block_size,
         mask=asked.mask,
     )
     if answer.mask is not None:
@@ -175,8 +181,15 @@ class _Axes(NamedTuple):
 _RANKS = {2: "(seqlen, dim)", 3: "(seqlen, heads, dim)", 4: "(batch, seqlen, heads, dim)"}
 
 
-def _axes(name: str, shape: tuple[int, ...], shape_q: tuple[int, ...], packing: Packing | None) -> _Axes:
-    if packing is not None:
+def _cache_axes(name: str, shape: tuple[int, ...], batch: int) -> _Axes:
+    """Of a paged cache, whose tokens belong to any sequence."""
+    if len(shape) != 4:
+        raise InvalidShapeError(f"{name}_cache.shape = {shape}: must be (num_blocks, block_size, num_kv_heads, dim)")
+    return _Axes(batch, shape[0] * shape[1], *shape[2:])
+
+
+def _axes(name: str, shape: tuple[int, ...], shape_q: tuple[int, ...], packed: bool) -> _Axes:
+    if packed:
         check_packed_rank(name, shape)
     elif len(shape) not in _RANKS:
         raise InvalidShapeError(f"{name}.shape = {shape}: must be {', '.join(_RANKS.values())}")

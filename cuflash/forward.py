@@ -19,7 +19,7 @@ from cuflash.options import Options
 from cuflash.plan.forward import plan_forward
 from cuflash.plan.params import COMBINE_PARAMS, FORWARD_PARAMS
 from cuflash.problem import Problem
-from cuflash.tile_lists import ListLaunches
+from cuflash.tile_lists import Lengths, ListLaunches
 
 MAX_PREPARED = 1024  # problems kept per device
 INPUTS = ("q", "k", "v", "bias")
@@ -38,6 +38,8 @@ class Operands(NamedTuple):
     out: NativeArray | None
     cu_seqlens_q: NativeArray | None = None
     cu_seqlens_k: NativeArray | None = None
+    block_tables: NativeArray | None = None  # int32, of a paged cache
+    seq_lens: NativeArray | None = None
     mask: Program | None = None  # with its arrays; what else a call depends on of it is in `Scores`
 
 
@@ -182,20 +184,26 @@ def _run_on_device(
 def _launch(
     call: Call, device: Device, launches: Launches, operands: Operands, out: NativeArray, lse: NativeArray | None
 ) -> None:
-    q, k, v, bias, _, cu_seqlens_q, cu_seqlens_k, mask = operands
+    q, k, v, bias, _, cu_seqlens_q, cu_seqlens_k, block_tables, seq_lens, mask = operands
     words = launches.words.copy()
     words[AT["q"]], words[AT["k"]], words[AT["v"]] = call.read(q, "q"), call.read(k, "k"), call.read(v, "v")
     if bias is not None:
         words[AT["bias"]] = call.read(bias, "bias")
     if cu_seqlens_q is not None:
         # Kept until the launch: the pool would give a copy's memory to the next workspace.
-        cu_seqlens_q, cu_seqlens_k = device.indices(cu_seqlens_q), device.indices(cu_seqlens_k)
+        cu_seqlens_q = device.indices(cu_seqlens_q)
         words[AT["cu_seqlens_q"]] = call.read(cu_seqlens_q, "cu_seqlens_q")
+    if cu_seqlens_k is not None:
+        cu_seqlens_k = device.indices(cu_seqlens_k)
         words[AT["cu_seqlens_k"]] = call.read(cu_seqlens_k, "cu_seqlens_k")
+    if block_tables is not None:
+        block_tables, seq_lens = device.indices(block_tables), device.indices(seq_lens)
+        words[AT["block_tables"]] = call.read(block_tables, "block_tables")
+        words[AT["seq_lens"]] = call.read(seq_lens, "seq_lens")
     if launches.lists is not None and mask is not None:
         tables = tile_lists.table_addresses(call, device, mask)
-        cu_seqlens = int(words[AT["cu_seqlens_q"]]), int(words[AT["cu_seqlens_k"]])
-        lists = tile_lists.tile_lists(call, device, launches.lists, mask, tables, cu_seqlens)
+        lengths = Lengths(*(int(words[AT[name]]) for name in Lengths._fields))
+        lists = tile_lists.tile_lists(call, device, launches.lists, mask, tables, lengths)
         words[AT["mask_tables"]], (words[AT["tile_lists"]], words[AT["tile_counts"]]) = tables, lists
     o_address = call.write(out, "o")
     lse_address = 0 if lse is None else call.write(lse, "lse")
@@ -225,14 +233,19 @@ def _run_on_cpu(prepared: Prepared, operands: Operands, return_lse: bool) -> tup
     from cuflash.cpu.forward import forward
 
     problem = prepared.problem
-    q, k, v, bias, out, cu_seqlens_q, cu_seqlens_k, mask = _with_copies(prepared, operands)
+    operands = _with_copies(prepared, operands)
+    q, k, v, bias, out, cu_seqlens_q, cu_seqlens_k, block_tables, _, mask = operands
     if mask is not None:
         for i in range(len(mask.tables)):
             mask.host_table(i)  # raises before anything is written
     if out is None:
         out = np.empty(prepared.out_shape, prepared.out_dtype)
     lse = np.empty(prepared.lse_shape, prepared.lse_dtype) if return_lse else None
-    if 0 not in prepared.lse_shape:
+    if 0 in prepared.lse_shape:
+        return out, lse
+    if block_tables is not None:
+        _run_paged_on_cpu(problem, operands, out, lse)
+    else:
         forward(
             problem if mask is None else replace(problem, mask=mask),
             normal(q, problem.varlen),
@@ -245,6 +258,35 @@ def _run_on_cpu(prepared: Prepared, operands: Operands, return_lse: bool) -> tup
             lse if lse is None or problem.varlen else lse.reshape(problem.batch, problem.num_heads, problem.seqlen_q),
         )
     return out, lse
+
+
+def _run_paged_on_cpu(problem: Problem, operands: Operands, out: np.ndarray, lse: np.ndarray | None) -> None:
+    """As a packed problem, whose keys and values are brought together."""
+    from cuflash.cpu.forward import forward
+
+    tables: Any = operands.block_tables
+    block_size: int = operands.k.shape[1]
+    lengths = np.asarray(operands.seq_lens, np.int64)
+    used = np.arange(tables.shape[1]) < -(-lengths[:, None] // block_size)  # entries that lead to keys
+    tokens = np.arange(problem.seqlen_k) < lengths[:, None]  # of the room of a sequence, those that exist
+    in_used_blocks = tokens.reshape(*tables.shape, block_size)[used].ravel()
+    k, v = (x[tables[used]].reshape(-1, *x.shape[2:])[in_used_blocks] for x in (operands.k, operands.v))
+    q, cu_seqlens_q = operands.q, operands.cu_seqlens_q
+    if cu_seqlens_q is None:
+        q = q.reshape(-1, *q.shape[2:])
+        cu_seqlens_q = np.arange(problem.batch + 1) * problem.seqlen_q
+    packed_out = np.empty((q.shape[0], *out.shape[-2:]), out.dtype)
+    packed_lse = None if lse is None else np.empty((problem.num_heads, q.shape[0]), lse.dtype)
+    bias = None if operands.bias is None else full_bias(operands.bias, problem)
+    packed = replace(
+        problem, total_q=q.shape[0], total_k=k.shape[0], seqlen_k=int(lengths.max(initial=0)), block_size=None,
+        mask=operands.mask,
+    )  # fmt: skip
+    forward(packed, q, k, v, bias, cu_seqlens_q, np.append(0, np.cumsum(lengths)), packed_out, packed_lse)
+    out[...] = packed_out.reshape(out.shape)
+    if lse is not None and packed_lse is not None:
+        in_rows = packed_lse.T.reshape(*out.shape[:-1])  # (tokens, heads) or (batch, seqlen_q, heads)
+        lse[...] = np.moveaxis(in_rows, -1, -2)
 
 
 def normal(array: np.ndarray, varlen: bool) -> np.ndarray:

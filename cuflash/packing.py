@@ -21,7 +21,9 @@ class Lengths(NamedTuple):
     cu_seqlens_k: NativeArray
 
 
-class _Side(NamedTuple):
+class Side(NamedTuple):
+    """Offsets of the sequences of one packed axis."""
+
     cu_seqlens: NativeArray
     max_seqlen: int  # bound of the lengths
 
@@ -35,7 +37,7 @@ def take_lengths(
 ) -> Lengths:
     """Checked lengths of the queries and the keys; `totals` are the tokens of q and k, `biased` the axes of a bias."""
     sides = [
-        _take_side(device, side, *arguments)
+        take_side(device, side, *arguments)
         for side, *arguments in zip("qk", cu_seqlens, max_seqlens, totals, biased, strict=True)
     ]
     (cu_q, max_q), (cu_k, max_k) = sides
@@ -44,9 +46,8 @@ def take_lengths(
     return Lengths(Packing(cu_q.shape[0] - 1, max_q, max_k), cu_q, cu_k)
 
 
-def _take_side(
-    device: Device | None, side: str, value: Any, max_seqlen: int | None, total: int, biased: bool
-) -> _Side:
+def take_side(device: Device | None, side: str, value: Any, max_seqlen: int | None, total: int, biased: bool) -> Side:
+    """Checked offsets of the queries ("q") or keys ("k") of `total` tokens; `biased`: a bias has an axis along them."""
     name = f"cu_seqlens_{side}"
     array = _native(name, value)
     if array.ndim != 1 or array.shape[0] < 1:
@@ -60,12 +61,12 @@ def _take_side(
             raise InvalidValueError(
                 f"max_seqlen_{side} = None: must be given, since {name} is on the GPU and bias has an axis along {side}"
             )
-        return _Side(array, total if bound is None else min(bound, total))
+        return Side(array, total if bound is None else min(bound, total))
     array = array.astype(np.int64)
     longest = _check_values(name, array, side, total)
     if bound is not None and bound < longest:
         raise InvalidValueError(f"max_seqlen_{side} = {bound}: must be at least {longest}, the longest of {name}")
-    return _Side(array, longest if bound is None else bound)
+    return Side(array, longest if bound is None else bound)
 
 
 def _native(name: str, value: Any) -> NativeArray:

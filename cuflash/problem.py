@@ -36,11 +36,17 @@ class Problem:
     bias_dtype: str | None = None
     total_q: int | None = None  # packed problems only
     total_k: int | None = None
+    block_size: int | None = None  # of the paged cache that holds keys and values
     mask: Program | None = None  # together with it no window: a mask says all
 
     @property
     def varlen(self) -> bool:
         return self.total_q is not None
+
+    @property
+    def lengths_are_data(self) -> bool:
+        """Whether only the device knows how long sequences are."""
+        return self.varlen or self.block_size is not None
 
     @property
     def group(self) -> int:

@@ -132,6 +132,8 @@ def forward_record(
         record["bias_strides"] = bias_strides(bias)
     _set_problem(record, problem)
     record["num_splits"], record["q_tiles"] = plan.num_splits, plan.q_tiles
+    record["block_size"] = problem.block_size or 0
+    record["table_pitch"] = problem.seqlen_k // problem.block_size if problem.block_size else 0
     _set_mask(record, problem, plan.lists)
     return record
 

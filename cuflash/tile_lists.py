@@ -8,7 +8,7 @@ every call makes them, and so does every call that is captured in a graph.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +23,14 @@ LIST_BYTES, AT = records.as_bytes(TILE_LIST_PARAMS), records.address_words(TILE_
 INT32 = np.dtype(np.int32)
 
 
+class Lengths(NamedTuple):
+    """Addresses of what says how long sequences are; 0 of what a problem has not."""
+
+    cu_seqlens_q: int = 0
+    cu_seqlens_k: int = 0
+    seq_lens: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class ListLaunches:
     """Kernels that make the lists of one problem, their parameters complete but for the addresses."""
@@ -35,7 +43,7 @@ class ListLaunches:
 
 def prepare(device: Device, problem: Problem, plan: TileListPlan) -> ListLaunches:
     words = records.as_words(records.tile_list_record(problem, plan))
-    return ListLaunches(tuple(map(device.load, plan.launches)), words, plan, not problem.varlen)
+    return ListLaunches(tuple(map(device.load, plan.launches)), words, plan, not problem.lengths_are_data)
 
 
 def table_addresses(call: Call, device: Device, mask: Program) -> list[int]:
@@ -54,7 +62,7 @@ def table_addresses(call: Call, device: Device, mask: Program) -> list[int]:
 
 
 def tile_lists(
-    call: Call, device: Device, launches: ListLaunches, mask: Program, tables: list[int], cu_seqlens: tuple[int, int]
+    call: Call, device: Device, launches: ListLaunches, mask: Program, tables: list[int], lengths: Lengths
 ) -> tuple[int, int]:
     """Addresses of lists and counts, on the device once its stream gets there."""
     plan = launches.plan
@@ -62,23 +70,21 @@ def tile_lists(
     if queue is None:
         lists = call.workspace(plan.list_shape, INT32, "tile_lists")
         counts = call.workspace(plan.count_shape, INT32, "tile_counts")
-        _launch(call, launches, tables, cu_seqlens, lists, counts)
+        _launch(call, launches, tables, lengths, lists, counts)
         return lists, counts
     kept: Any = mask.kept.get((queue, plan))
     if kept is None:
         kept = device.keep(plan.list_shape, INT32, "tile_lists"), device.keep(plan.count_shape, INT32, "tile_counts")
-        _launch(call, launches, tables, cu_seqlens, kept[0].address, kept[1].address)
+        _launch(call, launches, tables, lengths, kept[0].address, kept[1].address)
         mask.kept[queue, plan] = kept
     return kept[0].address, kept[1].address
 
 
-def _launch(
-    call: Call, launches: ListLaunches, tables: list[int], cu_seqlens: tuple[int, int], lists: int, counts: int
-) -> None:
+def _launch(call: Call, launches: ListLaunches, tables: list[int], lengths: Lengths, lists: int, counts: int) -> None:
     words = launches.words.copy()
     words[AT["mask_tables"]] = tables
     words[AT["lists"]], words[AT["counts"]] = lists, counts
-    words[AT["cu_seqlens_q"]], words[AT["cu_seqlens_k"]] = cu_seqlens
+    words[AT["cu_seqlens_q"]], words[AT["cu_seqlens_k"]], words[AT["seq_lens"]] = lengths
     if launches.plan.turn_shape is not None:
         words[AT["turns"]] = call.workspace(launches.plan.turn_shape, INT32, "tile_turns")
     record = words.view(LIST_BYTES)

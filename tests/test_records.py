@@ -65,5 +65,6 @@ def test_records_in_words() -> None:
             words[where] = number
             assert (record[field] == number).all()
     assert list(records.address_words(FORWARD_PARAMS)) == [
-        "q", "k", "v", "o", "lse", "bias", "cu_seqlens_q", "cu_seqlens_k", "mask_tables", "tile_lists", "tile_counts",
+        "q", "k", "v", "o", "lse", "bias", "cu_seqlens_q", "cu_seqlens_k", "mask_tables", "block_tables", "seq_lens",
+        "tile_lists", "tile_counts",
     ]

@@ -100,9 +100,7 @@ class Mask:
                 shown.append(f"{field.name}={summary(value)}" if names else summary(value))
         return shown
 
-    def visible(
-        self, seqlen_q: int, seqlen_k: int | None = None, *, batch: int = 1, num_heads: int = 1
-    ) -> np.ndarray:
+    def visible(self, seqlen_q: int, seqlen_k: int | None = None, *, batch: int = 1, num_heads: int = 1) -> np.ndarray:
         """The mask as an array, N x N: to look at, not to compute with.
 
         Parameters
@@ -128,9 +126,7 @@ class Mask:
         place = Place(lengths.seqlen_q, lengths.seqlen_k, b, h, h)
         return self.program.visible(place.indices(q, k))
 
-    def density(
-        self, seqlen_q: int, seqlen_k: int | None = None, *, batch: int = 1, num_heads: int = 1
-    ) -> float:
+    def density(self, seqlen_q: int, seqlen_k: int | None = None, *, batch: int = 1, num_heads: int = 1) -> float:
         """The share of pairs that are visible, over all entries of the batch and heads; parameters as in `visible`.
 
         Takes memory for a few tiles only.
@@ -149,9 +145,7 @@ class Mask:
         pairs = len(places) * lengths.seqlen_q * lengths.seqlen_k
         return sum(self.program.visible_pairs(place) for place in places) / pairs if pairs else 0.0
 
-    def plot(
-        self, seqlen_q: int, seqlen_k: int | None = None, *, batch: int = 0, head: int = 0, ax: Any = None
-    ) -> Any:
+    def plot(self, seqlen_q: int, seqlen_k: int | None = None, *, batch: int = 0, head: int = 0, ax: Any = None) -> Any:
         """Draw the visible pairs; of long sequences which tiles are empty, partial and full.
 
         Parameters

@@ -89,9 +89,7 @@ def visible_pairs(program: Program, at: Place, block: int = 128) -> int:
 def bounds(program: Program, at: Place, q: Interval, k: Interval) -> Interval:
     """Whether the pairs of queries q and keys k are surely all visible, and whether some are possibly."""
     low, high = (at.indices(*pair) for pair in zip(q, k, strict=True))
-    ranges = {
-        name: (np.atleast_1d(a), np.atleast_1d(b)) for name, a, b in zip(Indices._fields, low, high, strict=True)
-    }
+    ranges = {name: (np.atleast_1d(a), np.atleast_1d(b)) for name, a, b in zip(Indices._fields, low, high, strict=True)}
 
     def leaf(step: Step, arguments: list[Interval]) -> Interval:
         if step.operation == "table":

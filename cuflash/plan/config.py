@@ -254,6 +254,7 @@ class TileRowsConfig:
     varlen: bool
     turns: bool  # of the backward pass: what the kernel that lists tiles by key tile reads, not lists
     mask: str
+    paged: bool = False  # as in ForwardConfig
 
     family = "tile_rows"
 

@@ -83,12 +83,15 @@ def plan_forward(
     options = options or Options()
     sms = sm_count or arch.sm_count
     required = required_fields(problem, load_bytes, store_bytes, options)
+    paged = problem.block_size is not None
+    grouped = paged and problem.group > 1 and problem.seqlen_q <= FEW_ROWS and problem.mask is None
+    required |= {"paged": paged, "grouped": grouped}
     if options.config is not None:
-        config = replace(options.config, mask=problem.mask_code)
+        config = replace(options.config, mask=problem.mask_code, paged=paged, grouped=grouped)
         _validate(config, required, options.num_splits, arch)
         splits = options.num_splits or (_num_splits(problem, config, arch, sms) if config.split else 1)
         return _plan(problem, config, splits)
-    few_rows = problem.seqlen_q <= FEW_ROWS
+    few_rows = problem.seqlen_q * (problem.group if grouped else 1) <= FEW_ROWS
     config = _best_config(tuple(required.items()), arch, few_rows, split=False)
     splits = options.num_splits or _num_splits(problem, config, arch, sms)
     if splits > 1:
@@ -131,7 +134,7 @@ def _plan(problem: Problem, config: ForwardConfig, num_splits: int) -> ForwardPl
         tokens = problem.batch * problem.seqlen_q if problem.total_q is None else problem.total_q
         rows = tokens * problem.num_heads
         combine = plan_combine(state_dtype(config.dtype), problem.dtype, config.head_dim_v, rows)
-    tiles = q_tiles(problem, config.block_m)
+    tiles = q_tiles(problem, config.block_m, problem.group if config.grouped else 1)
     lists = plan_forward_lists(problem, config, tiles) if config.mask else None
     return ForwardPlan(forward, combine, num_splits, tiles, lists)
 
@@ -142,20 +145,22 @@ def _launch(config: KernelConfig, blocks: int) -> Launch:
     return Launch(config, (blocks, 1, 1), (config.threads, 1, 1), shared_bytes(config))
 
 
-def q_tiles(problem: Problem, block_m: int) -> int:
+def q_tiles(problem: Problem, block_m: int, each: int = 1) -> int:
     """Query tiles of one head of one batch entry; packed: slots for the tiles of one head in all.
 
     A packed problem's sequences begin tiles of their own. Sequence b owns the slots from start_b // block_m + b on;
-    the tokens past the last sequence count as one more.
+    the tokens past the last sequence count as one more. A query has `each` rows.
     """
     if problem.total_q is None:
-        return -(-problem.seqlen_q // block_m)
-    return problem.total_q // block_m + problem.batch + 1
+        return -(-problem.seqlen_q * each // block_m)
+    return problem.total_q * each // block_m + problem.batch + 1
 
 
 def _blocks(problem: Problem, config: ForwardConfig) -> int:
     """Blocks of a launch, of each split."""
-    tiles = q_tiles(problem, config.block_m) * problem.num_heads * -(-problem.head_dim_v // config.block_dv)
+    each = problem.group if config.grouped else 1
+    heads = problem.num_heads // each
+    tiles = q_tiles(problem, config.block_m, each) * heads * -(-problem.head_dim_v // config.block_dv)
     return tiles if problem.varlen else tiles * problem.batch
 
 

@@ -145,6 +145,7 @@ TILE_LIST_PARAMS = np.dtype(
         ("turns", np.uint64),  # int32 workspace of the backward pass
         ("cu_seqlens_q", np.uint64),  # int32 (batch + 1), packed only
         ("cu_seqlens_k", np.uint64),
+        ("seq_lens", np.uint64),  # int32 (batch), paged only
         ("mask_strides", np.int64, 4 * MAX_TABLES),
         ("mask_wholes", np.int64, MAX_WHOLES),
         ("mask_reals", np.float64, MAX_REALS),

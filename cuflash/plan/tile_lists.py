@@ -36,7 +36,9 @@ def plan_forward_lists(problem: Problem, config: ForwardConfig, q_tiles: int) ->
     """Key tiles by query tile, for a forward kernel."""
     batch, heads = _axes(problem)
     rows = (batch, heads, q_tiles)
-    row_config = TileRowsConfig(config.block_m, config.block_n, ROW_WARPS, problem.varlen, False, config.mask)
+    row_config = TileRowsConfig(
+        config.block_m, config.block_n, ROW_WARPS, problem.varlen, False, config.mask, config.paged
+    )
     pitch = max(1, -(-problem.seqlen_k // config.block_n))
     launch = _launch(row_config, rows)
     lengths = problem.seqlen_q, problem.seqlen_k
@@ -69,7 +71,9 @@ def _axes(problem: Problem) -> tuple[int, int]:
     mask = problem.mask
     if mask is None:
         raise InvalidValueError(f"problem = {problem}: must have a mask")
-    return problem.batch if mask.by_batch and not problem.varlen else 1, problem.num_heads if mask.by_head else 1
+    # Over a paged cache sequences have lengths of their own.
+    by_batch = (mask.by_batch or problem.block_size is not None) and not problem.varlen
+    return problem.batch if by_batch else 1, problem.num_heads if mask.by_head else 1
 
 
 def _launch(config: TileRowsConfig, tiles: tuple[int, int, int]) -> Launch:

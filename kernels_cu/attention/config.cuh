@@ -80,6 +80,7 @@ struct TileListConfig {
     bool varlen;
     bool turns;  // of the backward pass: rows of turns in the place of lists
     bool mask;   // the unit defines one
+    bool paged;  // as in ForwardConfig
 };
 
 struct CombineConfig {

@@ -9,10 +9,10 @@
 namespace cuflash {
 
 // Index of a list: of the batch entry and head, as far as the mask depends on them, and the tile's slot. Slots of a packed
-// problem say which sequence it is.
-template <class Mask>
+// problem say which sequence it is; over a paged cache all sequences have lengths of their own.
+template <class Mask, bool kPaged = false>
 __device__ __forceinline__ i64 list_index(int batch_entry, int head, int heads, int slot, int slots) {
-    i64 index = Mask::kByBatch ? batch_entry : 0;
+    i64 index = Mask::kByBatch || kPaged ? batch_entry : 0;
     if constexpr (Mask::kByHead) index = index * heads + head;
     return index * slots + slot;
 }
@@ -30,8 +30,7 @@ struct ListedKeyTiles {
     template <ForwardConfig C, class Mask>
     static __device__ __forceinline__ ListedKeyTiles of(const ForwardParams& params, const Work& work) {
         static_assert(!C.grouped);  // lists are of tiles of queries
-        const int slot = (C.varlen ? work.q_start / C.block_m + work.sequence : 0) + work.row_begin / C.block_m;
-        const i64 index = list_index<Mask>(work.batch_entry, work.head, params.num_heads, slot, params.q_tiles);
+        const i64 index = list_index<Mask, C.paged>(work.batch_entry, work.head, params.num_heads, work.slot, params.q_tiles);
         ListedKeyTiles tiles;
         tiles.keys = {0, work.len_k};
         tiles.partial = 0;

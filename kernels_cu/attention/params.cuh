@@ -121,6 +121,7 @@ struct TileListParams {
                   // its turn times 4, plus 2 if it is partial, plus 1
     const int* cu_seqlens_q;  // (batch + 1), packed only
     const int* cu_seqlens_k;
+    const int* seq_lens;  // (batch), paged only
     i64 mask_strides[4 * kMaxTables];
     i64 mask_wholes[kMaxWholes];
     double mask_reals[kMaxReals];

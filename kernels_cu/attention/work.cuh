@@ -24,6 +24,7 @@ struct Work : Sequence {
     int chunk;      // of block_dv output columns
     int split;      // of the tile's keys
     int rows;       // of all tiles of the sequence: its queries, or as many for each head of a group
+    int slot;       // of the tile
 
     __device__ __forceinline__ int row_end(int block_m) const { return row_begin + min(block_m, rows - row_begin); }
 };
@@ -84,12 +85,14 @@ __device__ __forceinline__ void locate_dense(Sequence& to, const Params& params,
 }
 
 // Keys of sequence b that a paged cache holds, as many as the table has room for.
-__device__ __forceinline__ int cached_keys(const ForwardParams& params, int b) {
+template <class Params>
+__device__ __forceinline__ int cached_keys(const Params& params, int b) {
     return min(max(params.seq_lens[b], 0), params.seqlen_k);
 }
 
 // Sequence b of packed queries over a paged cache.
-__device__ __forceinline__ void locate_paged(Sequence& to, const ForwardParams& params, int b) {
+template <class Params>
+__device__ __forceinline__ void locate_paged(Sequence& to, const Params& params, int b) {
     to.batch_entry = 0;
     to.sequence = b;
     to.k_start = 0;
@@ -121,7 +124,7 @@ __device__ __forceinline__ Work decode_work(const ForwardParams& params) {
     constexpr int kChunks = ceil_div(C.head_dim_v, C.block_dv);
     Work work;
     Digits digits{blockIdx.x};
-    const int slot = C.windowed || C.mask ? params.q_tiles - 1 - digits.next(params.q_tiles) : digits.next(params.q_tiles);
+    const int slot = work.slot = C.windowed || C.mask ? params.q_tiles - 1 - digits.next(params.q_tiles) : digits.next(params.q_tiles);
     work.split = C.split ? digits.next(params.num_splits) : 0;
     work.chunk = digits.next(kChunks);
     const int each = C.grouped ? params.group : 1;  // rows that a query has

@@ -43,14 +43,16 @@ __device__ __forceinline__ void tile_rows(const TileListParams& params) {
     work.head = Mask::kByHead ? digits.next(params.num_heads) : 0;
     if constexpr (C.varlen) {
         const int b = sequence_of_slot(params.cu_seqlens_q, params.batch, params.total_q, C.block_m, work.slot);
-        locate_packed(work, params, b);
+        if constexpr (C.paged) locate_paged(work, params, b);
+        else locate_packed(work, params, b);
         work.row_begin = first_row_of_slot(work.slot, work.q_start, b, C.block_m, work.len_q);
         if (b == params.batch) work.len_k = 0;
     } else {
         locate_dense(work, params, static_cast<int>(digits.rest));
+        if constexpr (C.paged) work.len_k = cached_keys(params, work.sequence);
         work.row_begin = work.slot * C.block_m;
     }
-    const i64 index = list_index<Mask>(work.batch_entry, work.head, params.num_heads, work.slot, params.q_tiles);
+    const i64 index = list_index<Mask, C.paged>(work.batch_entry, work.head, params.num_heads, work.slot, params.q_tiles);
     const int row_end = min(work.row_begin + C.block_m, work.len_q);
     const int tiles = work.row_begin < work.len_q ? ceil_div(work.len_k, C.block_n) : 0;
 
