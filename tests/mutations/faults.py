@@ -47,8 +47,8 @@ SYNCHRONISATION = [
     Mutation(
         "copies not committed",
         FORWARD,
-        "else load_next(position);\n        ptx::cp_async_commit();",
-        "else load_next(position);",
+        "// where entries of position - 2 were\n        ptx::cp_async_commit();",
+        "",
         PLAIN,
         Race,
     ),
@@ -96,24 +96,24 @@ SYNCHRONISATION = [
 
 MEMORY = [
     Mutation(
-        "tail keys loaded", LOAD, "begin <= array_row && array_row < end", "begin <= array_row", PLAIN, OutOfBounds
+        "tail keys loaded", LOAD, "(begin <= array_row && array_row < end)", "begin <= array_row", PLAIN, OutOfBounds
     ),
     Mutation(
-        "hidden keys loaded", LOAD, "begin <= array_row && array_row < end", "array_row < end", WINDOW, WrongResult
+        "hidden keys loaded", LOAD, "(begin <= array_row && array_row < end)", "array_row < end", WINDOW, WrongResult
     ),
     Mutation(
         "tail queries loaded",
         FORWARD,
-        "work.row_begin, 0,\n                      work.len_q);",
-        "work.row_begin, 0,\n                      work.row_begin + C.block_m);",
+        "work.row_begin, 0,\n                          work.rows);",
+        "work.row_begin, 0,\n                          work.row_begin + C.block_m);",
         PLAIN,
         OutOfBounds,
     ),
     Mutation(
         "columns past head_dim loaded",
         LOAD,
-        "min(max(kBytes * columns - 16 * (chunk + j), 0), 16)",
-        "16",
+        "const int valid = in_range ? row_left : 0;",
+        "const int valid = in_range ? 16 : 0;",
         NARROW,
         OutOfBounds,
     ),
@@ -143,14 +143,14 @@ MEMORY = [
     ),
     Mutation("rows past the end stored", EPILOGUE, "if (row >= rows) break;", "", PLAIN, OutOfBounds),
     Mutation("partial rows past the end stored", EPILOGUE, "if (row >= rows) continue;", "", SPLIT, OutOfBounds),
-    Mutation("lse past the end stored", EPILOGUE, "if (row < rows) lse", "lse", PLAIN, OutOfBounds),
+    Mutation("lse past the end stored", EPILOGUE, "if (row < rows) *to", "*to", PLAIN, OutOfBounds),
     Mutation("columns past head_dim_v stored", EPILOGUE, "if (columns > 0) ptx", "ptx", NARROW, Race),
     Mutation("bias of rows past the end read", SCORES, "exists && ", "", BIASED, (OutOfBounds, Uninitialized)),
     Mutation(
         "bias strides swapped",
         SCORES,
-        "row * row_stride + first * column_stride",
-        "row * column_stride + first * row_stride",
+        "query_of(row) * row_stride + first * column_stride",
+        "query_of(row) * column_stride + first * row_stride",
         BIASED,
         (OutOfBounds, Uninitialized),
     ),
@@ -226,7 +226,7 @@ MASKS = [
     Mutation(
         "diagonal tiles taken for full",
         TILES,
-        "const int full_end = C.windowed ? window.end(work.row_begin)",
+        "const int full_end = C.windowed ? window.end(row_first)",
         "const int full_end = C.windowed ? window.end(row_last)",
         CAUSAL,
         WrongResult,
@@ -389,7 +389,14 @@ WORK_SHARES = [
         COLUMNS,
         WrongResult,
     ),
-    Mutation("lse of the first tile only", FORWARD, "token * params.lse_strides[2]", "0", PLAIN, Race),
+    Mutation(
+        "lse of the first tile only",
+        FORWARD,
+        "rows_of<C>(target, strides, work, params, work.row_begin)",
+        "rows_of<C>(target, strides, work, params, 0)",
+        PLAIN,
+        Race,
+    ),
     Mutation(
         "splits overlap",
         TILES,
