@@ -14,7 +14,6 @@ import numpy as np
 from cuflash import check, forward, records, tile_lists
 from cuflash.check import Packing, Scores
 from cuflash.device import Call, Device, Kernel
-from cuflash.errors import DeviceError
 from cuflash.forward import MAX_PREPARED, Operands, full_bias, normal
 from cuflash.layout import NativeArray, layout
 from cuflash.options import Options
@@ -66,8 +65,6 @@ def run(
     """out, lse, and what turns their cotangents (dlse: or None) into the gradients of q, k, v and, if given, bias."""
     if device is not None:
         _check_shape(operands, device)
-    elif operands.mask is not None:
-        raise DeviceError("mask is given: must be None for gradients on the CPU")
     out, lse = forward.run(device, operands, asked, packing, True, options)
     q, k, v, bias, *_ = operands
 

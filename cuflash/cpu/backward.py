@@ -24,17 +24,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cuflash.cpu.forward import MAX_ITEM_ROWS, MIN_ITEM_ROWS, MIN_ITEMS, SAFE_SCORE, SAFE_VALUES, exp2_is_fast
+from cuflash.cpu.forward import MIN_ITEMS, SAFE_SCORE, SAFE_VALUES, exp2_is_fast, groups_of_items
 from cuflash.cpu.sums import BiasSum, KeySum
 from cuflash.cpu.threads import num_threads, run_all
-from cuflash.cpu.tiles import (
-    MAX_ROWS,
-    add_bias,
-    groups_that_see,
-    hide,
-    keys_of_a_tile,
-    sum_dtype,
-)
+from cuflash.cpu.tiles import add_bias, keys_of_a_tile, sum_dtype
+from cuflash.cpu.visibility import Part, Sight, hide, sight_of
+from cuflash.masks.steps import Place
 from cuflash.problem import Problem
 
 MAX_BLOCK_GROUPS = 4  # groups of rows whose scores are made together: P and dS of a block stay in L2
@@ -99,77 +94,76 @@ def backward(
         Zeros of the bias's own shape; along an axis of length 1 the gradients are added.
     """
     sequences = [arrays.sequence(i, cu_seqlens_q, cu_seqlens_k) for i in range(problem.batch)]
-    scores = problem.num_heads * sum(s.q.shape[0] * s.k.shape[0] for s in sequences)
+    places = [Place(s.q.shape[0], s.k.shape[0], i) for i, s in enumerate(sequences)]
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        starts = zip(places, cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=False)
+        places = [place._replace(q_start=q_start, k_start=k_start) for place, q_start, k_start in starts]
+    scores = problem.num_heads * sum(place.len_q * place.len_k for place in places)
     bias_sum = None if dbias is None else BiasSum(problem, dbias)
-    run_all(_items(problem, sequences, bias_sum), 1 if scores < SMALL else num_threads())
+    items = _items(problem, list(zip(places, sequences, strict=True)), bias_sum)
+    run_all(items, 1 if scores < SMALL else num_threads())
     if bias_sum is not None:
         bias_sum.write()
 
 
-def _items(problem: Problem, sequences: list[Arrays], bias_sum: BiasSum | None) -> Iterator[Callable[[], None]]:
+def _items(
+    problem: Problem, sequences: list[tuple[Place, Arrays]], bias_sum: BiasSum | None
+) -> Iterator[Callable[[], None]]:
     """One item per head and range of queries; those that share keys follow each other, longest causal ones first.
 
     The ranges are the forward's, but with a large sum for a bias: each chooses exp as it did there.
     """
-    wanted_rows = problem.num_heads * sum(s.q.shape[0] for s in sequences) // MIN_ITEMS
+    wanted_rows = problem.num_heads * sum(place.len_q for place, _ in sequences) // MIN_ITEMS
     if bias_sum is not None and bias_sum.part_is_as_large_as_scores:
         wanted_rows = 0
-    for i, sequence in enumerate(sequences):
-        len_q, len_k = sequence.q.shape[0], sequence.k.shape[0]
-        key_range = problem.key_range(0, len_q, len_q, len_k)
-        if len_q == 0 or key_range[0] >= key_range[1]:
+    for place, sequence in sequences:
+        if place.len_q == 0 or place.len_k == 0:
             continue
-        groups = -(-len_q // MAX_ROWS)
-        rows = -(-len_q // groups)
-        items = -(-len_q // min(MAX_ITEM_ROWS, max(MIN_ITEM_ROWS, wanted_rows)))
-        item_rows = -(-groups // items) * rows
-        begins = range(0, len_q, item_rows)
+        rows, items = groups_of_items(place.len_q, wanted_rows)
+        tile = keys_of_a_tile(rows, max(problem.head_dim, problem.head_dim_v) + 1)
         for kv_head in range(problem.num_kv_heads):
-            keys = _Keys(problem, sequence, kv_head, *key_range, rows, problem.group * len(begins))
+            sight = sight_of(problem, place, kv_head, rows, tile)
+            keys = _Keys(problem, sequence, kv_head, sight, problem.group * len(items))
             turn = 0
             for head in range(kv_head * problem.group, (kv_head + 1) * problem.group):
-                for begin in reversed(begins):
-                    end = min(begin + item_rows, len_q)
-                    yield _Item(problem, sequence, keys, turn, bias_sum, (i, head), begin, end).run
+                for groups in reversed(items):
+                    yield _Item(problem, sequence, keys, turn, bias_sum, (place.batch, head), groups).run
                     turn += 1
 
 
 class _Tile(NamedTuple):
-    """Keys [begin, end)."""
+    """Some keys of the sequence."""
 
-    begin: int
-    end: int
-    k_t: np.ndarray  # (head_dim + 1, end - begin), ones in the last row
-    v_t: np.ndarray  # (head_dim_v + 1, end - begin), ones in the last row; keys that are not finite are zero
-    k: np.ndarray  # (end - begin, head_dim); keys that are not finite are zero
+    keys: slice
+    k_t: np.ndarray  # (head_dim + 1, keys), ones in the last row
+    v_t: np.ndarray  # (head_dim_v + 1, keys), ones in the last row; keys that are not finite are zero
+    k: np.ndarray  # (keys, head_dim); keys that are not finite are zero
 
 
 class _Keys:
-    """Keys [begin, end) of one key/value head, packed by the first item that needs them and shared by all.
+    """The keys of one key/value head that are seen, packed by the first item that needs them and shared by all.
 
-    Keys outside of the range are never read. `norm` is the largest Euclidean norm of a key, `v_max` the largest |v|.
+    Tiles that no query sees are never read. `norm` is the largest Euclidean norm of a key, `v_max` the largest |v|.
     """
 
-    def __init__(
-        self, problem: Problem, sequence: Arrays, head: int, begin: int, end: int, rows: int, items: int
-    ) -> None:
-        self.rows, self.tile = rows, keys_of_a_tile(rows, max(problem.head_dim, problem.head_dim_v) + 1)
-        self._begin, self._end, self._dtype = begin, end, sum_dtype(problem)
+    def __init__(self, problem: Problem, sequence: Arrays, head: int, sight: Sight, items: int) -> None:
+        self.sight, self._dtype = sight, sum_dtype(problem)
         self._k, self._v = sequence.k[:, head], sequence.v[:, head]
         self.sum = KeySum(sequence.dk[:, head], sequence.dv[:, head], items, self._dtype)
         self._lock = Lock()
-        self._tiles: list[_Tile] = []
+        self._tiles: dict[int, _Tile] = {}
+        self._packed = False
         self.norm, self.v_max = 0.0, 0.0
 
     def pack(self) -> None:
         with self._lock:
-            if not self._tiles:
-                begins = range(self._begin, self._end, self.tile)
-                self._tiles = [self._pack(begin, min(begin + self.tile, self._end)) for begin in begins]
+            if not self._packed:
+                self._tiles = {i: self._pack(keys) for i, keys in self.sight.tiles()}
+                self._packed = True
 
-    def _pack(self, begin: int, end: int) -> _Tile:
-        k: np.ndarray = self._k[begin:end].astype(self._dtype, order="C")
-        v: np.ndarray = self._v[begin:end].astype(self._dtype, order="C")
+    def _pack(self, keys: slice) -> _Tile:
+        k: np.ndarray = self._k[keys].astype(self._dtype, order="C")
+        v: np.ndarray = self._v[keys].astype(self._dtype, order="C")
         k_t, v_t = (np.ones((x.shape[1] + 1, x.shape[0]), self._dtype) for x in (k, v))
         k_t[:-1] = k.T
         self.norm = np.maximum(self.norm, np.sqrt(np.einsum("nd,nd->n", k, k).max()))
@@ -177,20 +171,19 @@ class _Keys:
         for x in k, v:  # 0 * NaN is NaN: a pair that is hidden, dS = 0, must add nothing
             x[~np.isfinite(x).all(axis=1)] = 0
         v_t[:-1] = v.T
-        return _Tile(begin, end, k_t, v_t, k)
+        return _Tile(keys, k_t, v_t, k)
 
-    def tiles(self, begin: int, end: int) -> Iterator[_Tile]:
-        """The tiles that hold keys [begin, end), a part of what is packed; the first and the last are cut to it."""
-        for tile in self._tiles[(begin - self._begin) // self.tile : -(-(end - self._begin) // self.tile)]:
-            first, last = max(begin, tile.begin), min(end, tile.end)
-            part = slice(first - tile.begin, last - tile.begin)
-            yield _Tile(first, last, tile.k_t[:, part], tile.v_t[:, part], tile.k[part])
+    def of(self, part: Part) -> _Tile:
+        """The keys of a part of a tile that is packed."""
+        tile = self._tiles[part.tile]
+        own = slice(part.keys.start - tile.keys.start, part.keys.stop - tile.keys.start)
+        return _Tile(part.keys, tile.k_t[:, own], tile.v_t[:, own], tile.k[own])
 
 
 class _Item:
-    """Queries [begin, end) of one head against all their keys.
+    """Some groups of queries of one head against all their keys.
 
-    The queries are groups of `rows`, the last padded with zeros: Q | -c (groups, rows, head_dim + 1),
+    The last group is padded with zeros: Q | -c (groups, rows, head_dim + 1),
     w dO | -w Δ (groups, rows, head_dim_v + 1), dQ (groups, rows, head_dim), row sums of E (groups, rows, 1).
     """
 
@@ -202,49 +195,46 @@ class _Item:
         turn: int,
         bias_sum: BiasSum | None,
         place: tuple[int, int],
-        begin: int,
-        end: int,
+        groups: range,
     ) -> None:
         self.problem, self.sequence, self.keys, self.turn, self.bias_sum = problem, sequence, keys, turn, bias_sum
-        self.head, self.begin, self.end = place[1], begin, end
-        len_q, len_k = sequence.q.shape[0], sequence.k.shape[0]
-        # Query `begin` sees keys low to high of an unbounded sequence, each later one one further.
-        diagonal = begin + len_k - len_q
-        self.low = None if problem.left is None else diagonal - problem.left
-        self.high = None if problem.right is None else diagonal + problem.right
-        first, last = problem.key_range(begin, end, len_q, len_k)
-        self.seen = slice(first, max(first, last))
-        self.place = (*place, slice(begin, end), self.seen)
+        self.sight, self.batch, self.head = keys.sight, *place
+        self.first, self.last, self.rows = groups.start, groups.stop, keys.sight.rows
+        self.begin, self.end = self.first * self.rows, min(self.last * self.rows, sequence.q.shape[0])
         self.bias_turn = 0 if bias_sum is None else bias_sum.turn()
 
     def run(self) -> None:
-        problem, sequence, seen = self.problem, self.sequence, self.seen
+        problem, sequence = self.problem, self.sequence
         dtype = sum_dtype(problem)
         self.keys.pack()
+        parts = list(self.sight.parts(self.head, self.first, self.last))
+        self.seen = slice(parts[0].keys.start, parts[-1].keys.stop) if parts else slice(0, 0)
         self._begin_state(dtype)
-        dk: np.ndarray = np.zeros((seen.stop - seen.start, problem.head_dim), dtype)
-        dv: np.ndarray = np.zeros((seen.stop - seen.start, problem.head_dim_v), dtype)
+        place = self.batch, self.head, slice(self.begin, self.end), self.seen
         if self.bias_sum is not None:
-            self.dbias = self.bias_sum.part(self.place)
-        if seen.start < seen.stop:
-            for tile in self.keys.tiles(seen.start, seen.stop):
-                own = slice(tile.begin - seen.start, tile.end - seen.start)
-                for first in range(0, len(self.q), self.block):
-                    self._add(tile, first, min(first + self.block, len(self.q)), dk[own], dv[own])
+            self.dbias = self.bias_sum.part(place)
+        gradients: dict[int, tuple[slice, np.ndarray, np.ndarray]] = {}  # of the keys of a tile
+        for part in parts:
+            if part.tile not in gradients:
+                n = part.keys.stop - part.keys.start
+                dk, dv = (np.zeros((n, dim), dtype) for dim in (problem.head_dim, problem.head_dim_v))
+                gradients[part.tile] = part.keys, dk, dv
+            self._add_blocks(part, *gradients[part.tile][1:])
         total = (self.weight * self.row_sums.reshape(-1))[: self.end - self.begin, None]  # of a row of P
         total = np.where(total > 0, total, 1).astype(dtype)
         dq = self.dq.reshape(self.row_sums.size, problem.head_dim)[: self.end - self.begin]
         dq *= problem.scale / total
         sequence.dq[self.begin : self.end, self.head] = dq
-        dk *= (problem.softcap or 1) / self.unit  # of the scale, Q has scale / softcap, and the unit
-        self.keys.sum.give(self.turn, seen, (dk, dv))
+        for _, dk, _ in gradients.values():
+            dk *= (problem.softcap or 1) / self.unit  # of the scale, Q has scale / softcap, and the unit
+        self.keys.sum.give(self.turn, list(gradients.values()))
         if self.bias_sum is not None:
-            self.bias_sum.give(self.bias_turn, self.place, self.dbias, total)
+            self.bias_sum.give(self.bias_turn, place, self.dbias, total)
 
     def _begin_state(self, dtype: type) -> None:
-        problem, sequence, rows = self.problem, self.sequence, self.keys.rows
+        problem, sequence, rows = self.problem, self.sequence, self.rows
         count, own = self.end - self.begin, (slice(self.begin, self.end), self.head)
-        size = -(-count // rows) * rows
+        size = (self.last - self.first) * rows
         q: np.ndarray = np.zeros((size, problem.head_dim + 1), dtype)
         dout: np.ndarray = np.zeros((size, problem.head_dim_v + 1), dtype)
         lse: np.ndarray = np.full(size, np.inf, dtype)  # of the padding: P = 0
@@ -277,12 +267,12 @@ class _Item:
         self.dq: np.ndarray = np.zeros((*self.q.shape[:2], problem.head_dim), dtype)
         self.row_sums: np.ndarray = np.zeros((*self.q.shape[:2], 1), dtype)
         self.sums_of_tile: np.ndarray = np.empty_like(self.row_sums)
-        self.ones: np.ndarray = np.ones((self.keys.tile, 1), dtype)
+        self.ones: np.ndarray = np.ones((self.sight.tile, 1), dtype)
         widest = max(1, problem.head_dim, problem.head_dim_v)
         self.block = min(MAX_BLOCK_GROUPS, len(self.q))
         queries = self.block * rows
-        self.scores: np.ndarray = np.empty((3 if problem.softcap else 2, queries * self.keys.tile), dtype)
-        self.products: np.ndarray = np.empty(max(queries, self.block * self.keys.tile) * widest, dtype)
+        self.scores: np.ndarray = np.empty((3 if problem.softcap else 2, queries * self.sight.tile), dtype)
+        self.products: np.ndarray = np.empty(max(queries, self.block * self.sight.tile) * widest, dtype)
 
     def _choose_exp(self, q: np.ndarray) -> bool:
         """exp and the unit of Q as the forward has them, so that S rounds as it did there; whether c is not 0."""
@@ -296,40 +286,41 @@ class _Item:
         self.softcap, self.unit = problem.softcap * unit, 1.0 if problem.softcap else unit
         return online
 
-    def _add(self, tile: _Tile, first: int, last: int, dk: np.ndarray, dv: np.ndarray) -> None:
-        """One tile of keys against groups [first, last): those that see none are left out, those on an edge masked."""
-        problem, n, rows = self.problem, tile.end - tile.begin, self.keys.rows
-        low = None if self.low is None else self.low - tile.begin
-        high = None if self.high is None else self.high - tile.begin
-        seeing = groups_that_see(n, len(self.q), rows, low, high)
-        first, last = max(first, seeing[0]), min(last, seeing[1])
-        if first >= last:
-            return
-        q, dout, dq = self.q[first:last], self.dout[first:last], self.dq[first:last]
-        shape = len(q), rows, n
-        p, ds, *slope = (x[: len(q) * rows * n].reshape(shape) for x in self.scores)
+    def _add_blocks(self, part: Part, dk: np.ndarray, dv: np.ndarray) -> None:
+        """One tile of keys against the groups that see some of them, a block of groups at a time."""
+        tile = self.keys.of(part)
+        for begin in range(part.first - (part.first - self.first) % self.block, part.last, self.block):
+            first, last = max(begin, part.first), min(begin + self.block, part.last)
+            self._add(tile, part._replace(first=first, last=last), dk, dv)
+
+    def _add(self, tile: _Tile, part: Part, dk: np.ndarray, dv: np.ndarray) -> None:
+        """One tile of keys against a block of groups; only where something is hidden is it masked."""
+        problem, n, hidden = self.problem, len(tile.k), self.sight.hidden(self.head, part)
+        own = slice(part.first - self.first, part.last - self.first)
+        q, dout, dq = self.q[own], self.dout[own], self.dq[own]
+        shape = len(q), self.rows, n
+        p, ds, *slope = (x[: len(q) * self.rows * n].reshape(shape) for x in self.scores)
         np.matmul(q, tile.k_t, out=p)  # S, less c unless it is apart
         if problem.softcap:
             np.tanh(p, out=slope[0])
             np.multiply(slope[0], self.softcap, out=p)
             np.square(slope[0], out=slope[0])
             np.subtract(1, slope[0], out=slope[0])
-        begin = first * rows
-        end = min(last * rows, self.end - self.begin)
+        queries = slice(part.first * self.rows, min(part.last * self.rows, self.end))
         if self.sequence.bias is not None:
-            queries = slice(self.begin + begin, self.begin + end)
-            add_bias(p, self.sequence.bias[self.head, queries, tile.begin : tile.end])
+            add_bias(p, self.sequence.bias[self.head, queries, part.keys])
         if self.c_apart:
-            p -= self.c[first:last]
+            p -= self.c[own]
         self.exp(p, out=p)  # E = exp(S - c)
-        hide(p, low, high, first, 0)
-        self.row_sums[first:last] += np.matmul(p, self.ones[:n], out=self.sums_of_tile[first:last])
+        hide(p, hidden, 0)
+        self.row_sums[own] += np.matmul(p, self.ones[:n], out=self.sums_of_tile[own])
         self._add_over_queries(dv, p, dout)  # dV += Eᵀ (w dO)
         np.matmul(dout, tile.v_t, out=ds)  # w (dP - Δ)
         ds *= p  # dS = E ∘ (w (dP - Δ))
-        hide(ds, low, high, first, 0)
+        hide(ds, hidden, 0)
         if self.bias_sum is not None:
-            self.bias_sum.add(self.dbias, ds.reshape(-1, n)[: end - begin], begin, tile.begin - self.seen.start)
+            at = queries.start - self.begin, part.keys.start - self.seen.start
+            self.bias_sum.add(self.dbias, ds.reshape(-1, n)[: queries.stop - queries.start], *at)
         if problem.softcap:
             ds *= slope[0]
         product = self.products[: dq.size].reshape(dq.shape)

@@ -121,17 +121,23 @@ def _items(problem: Problem, sequences: list[_Sequence]) -> Iterator[Callable[[]
         len_q = sequence.place.len_q
         if len_q == 0:
             continue
-        groups = -(-len_q // MAX_ROWS)
-        rows = -(-len_q // groups)
-        items = -(-len_q // min(MAX_ITEM_ROWS, max(MIN_ITEM_ROWS, wanted_rows)))
-        item_groups = -(-groups // items)
+        rows, items = groups_of_items(len_q, wanted_rows)
         tile = keys_of_a_tile(rows, max(problem.head_dim, problem.head_dim_v))
         for kv_head in range(problem.num_kv_heads):
             sight = sight_of(problem, sequence.place, kv_head, rows, tile)
             keys = Keys(sequence.k[:, kv_head], sequence.v[:, kv_head], sight, sum_dtype(problem))
             for head in range(kv_head * problem.group, (kv_head + 1) * problem.group):
-                for first in reversed(range(0, groups, item_groups)):
-                    yield _Item(problem, sequence, keys, sight, head, range(groups)[first : first + item_groups]).run
+                for groups in reversed(items):
+                    yield _Item(problem, sequence, keys, sight, head, groups).run
+
+
+def groups_of_items(len_q: int, wanted_rows: int) -> tuple[int, list[range]]:
+    """Rows of a group of queries, and the groups of each item, of about `wanted_rows`."""
+    groups = -(-len_q // MAX_ROWS)
+    items = -(-len_q // min(MAX_ITEM_ROWS, max(MIN_ITEM_ROWS, wanted_rows)))
+    item_groups = -(-groups // items)
+    ranges = [range(groups)[first : first + item_groups] for first in range(0, groups, item_groups)]
+    return -(-len_q // groups), ranges
 
 
 class _Item:

@@ -35,19 +35,21 @@ class KeySum:
         self._gradients, self._items, self._dtype = (dk, dv), items, dtype
         self._order = _InOrder()
 
-    def give(self, turn: int, keys: slice, parts: tuple[np.ndarray, np.ndarray]) -> None:
-        """The parts of one item, which sees `keys` alone."""
-        self._order.do(turn, lambda: self._add(turn, keys, parts))
+    def give(self, turn: int, parts: list[tuple[slice, np.ndarray, np.ndarray]]) -> None:
+        """The parts of one item: of each tile that it sees keys, dk, dv."""
+        self._order.do(turn, lambda: self._add(turn, parts))
 
-    def _add(self, turn: int, keys: slice, parts: tuple[np.ndarray, np.ndarray]) -> None:
+    def _add(self, turn: int, parts: list[tuple[slice, np.ndarray, np.ndarray]]) -> None:
         if self._items == 1:
-            for gradient, part in zip(self._gradients, parts, strict=True):
-                gradient[keys] = part
+            for keys, *own in parts:
+                for gradient, part in zip(self._gradients, own, strict=True):
+                    gradient[keys] = part
             return
         if turn == 0:
             self._totals: list[np.ndarray] = [np.zeros(x.shape, self._dtype) for x in self._gradients]
-        for total, part in zip(self._totals, parts, strict=True):
-            total[keys] += part
+        for keys, *own in parts:
+            for total, part in zip(self._totals, own, strict=True):
+                total[keys] += part
         if turn == self._items - 1:
             for gradient, total in zip(self._gradients, self._totals, strict=True):
                 gradient[...] = total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -11,10 +12,13 @@ from unittest import mock
 
 import pytest
 
+from cuflash import masks
+from cuflash.masks.expression import Expression
+from cuflash.masks.steps import Indices
 from tests.attention.cases import Case
 from tests.gradients.cases import check
 
-EXECUTOR, SUMS = "cuflash.cpu.backward", "cuflash.cpu.sums"
+EXECUTOR, SUMS, VISIBILITY = "cuflash.cpu.backward", "cuflash.cpu.sums", "cuflash.cpu.visibility"
 
 # More than one tile of keys and, of a head, more than one item of queries.
 PLAIN = Case(dtype="float32", seqlen_q=300, seqlen_k=400, num_heads=4, num_kv_heads=2)
@@ -27,6 +31,19 @@ CAPPED = PLAIN.but(softcap=1.5)
 BIASED, SHARED_BIAS = PLAIN.but(bias="bhqk"), PLAIN.but(bias="qk")
 BIAS_OF_ROWS = PLAIN.but(bias="b.q.")
 PACKED = PLAIN.but(sequences=((40, 70), (5, 0), (17, 90)), tail=(3, 3))
+# An item has two ranges of groups that see a tile.
+MASKED = PLAIN.but(mask=masks.where(lambda batch, head, q, k: (q // 60 + k // 150 + head + batch) % 2 == 0))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Tokens(masks.Mask):
+    """By places in packed arrays."""
+
+    def _visible(self, at: Indices) -> Expression:
+        return (at.q_token + at.k_token + at.batch) % 11 > 3
+
+
+MASKED_TOKENS = PACKED.but(mask=Tokens())
 
 
 class Mutation(NamedTuple):
@@ -43,8 +60,7 @@ MUTATIONS = [
     Mutation("no lse", EXECUTOR, "c - lse.astype(np.float64)", "c", PLAIN),
     Mutation("nothing subtracted", EXECUTOR, "p -= self.c[", "p -= 0 * self.c[", BIASED),
     Mutation("weights of 1", EXECUTOR, "c - lse.astype(np.float64)", "0 * c", BIASED),
-    Mutation("row sums of the last tile", EXECUTOR, "self.row_sums[first:last] +=", "self.row_sums[first:last] =",
-             PLAIN),
+    Mutation("row sums of the last tile", EXECUTOR, "self.row_sums[own] +=", "self.row_sums[own] =", PLAIN),
     Mutation("no delta", EXECUTOR, "dout[:, -1] = -delta", "dout[:, -1] = 0", PLAIN),
     Mutation("delta added", EXECUTOR, "dout[:, -1] = -delta", "dout[:, -1] = delta", PLAIN),
     Mutation("dlse added", EXECUTOR, "delta[:count] -= sequence.dlse", "delta[:count] += sequence.dlse", PLAIN),
@@ -53,19 +69,25 @@ MUTATIONS = [
     Mutation("dk, dv of the last block", EXECUTOR, "total += product", "total[...] = product", MANY),
     Mutation("dk, dv of the first group", EXECUTOR, "in products:", "in products[:1]:", PLAIN),
     Mutation("dS without P", EXECUTOR, "ds *= p  # dS", "ds *= 1  # dS", PLAIN),
-    Mutation("P not hidden", EXECUTOR, "hide(p, low, high, first, 0)", "pass", CAUSAL),
-    Mutation("left bound off by one", EXECUTOR, "diagonal - problem.left", "diagonal - problem.left + 1", WINDOW),
-    Mutation("right bound off by one", EXECUTOR, "diagonal + problem.right", "diagonal + problem.right + 1", CAUSAL),
-    Mutation("aligned to the top left", EXECUTOR, "begin + len_k - len_q", "begin", CAUSAL),
-    Mutation("dk and dv at the first keys", EXECUTOR, "give(self.turn, seen,", "give(self.turn, slice(len(dk)),",
-             WINDOW),
+    Mutation("P not hidden", EXECUTOR, "hide(p, hidden, 0)", "pass", CAUSAL),
+    Mutation("left bound off by one", VISIBILITY, "- problem.left", "- problem.left + 1", WINDOW),
+    Mutation("right bound off by one", VISIBILITY, "+ problem.right", "+ problem.right + 1", CAUSAL),
+    Mutation("aligned to the top left", VISIBILITY, "len_k - len_q + problem.right", "problem.right", CAUSAL),
+    Mutation("dk and dv at the first keys", EXECUTOR, "= part.keys, dk, dv", "= slice(n), dk, dv", WINDOW),
+    Mutation("dk and dv of the last part of a tile", EXECUTOR, "if part.tile not in gradients:", "if part:", MASKED),
+    Mutation("groups before a part", EXECUTOR, "max(begin, part.first), min(", "begin, min(", MASKED),
+    Mutation("groups behind a part", EXECUTOR, "min(begin + self.block, part.last)", "min(begin + self.block, "
+             "self.last)", MASKED),
+    Mutation("every other block", EXECUTOR, "part.last, self.block)", "part.last, 2 * self.block)", MANY),
+    Mutation("queries from the first token", EXECUTOR, "q_start=q_start", "q_start=0", MASKED_TOKENS),
+    Mutation("keys from the first token", EXECUTOR, "k_start=k_start", "k_start=0", MASKED_TOKENS),
     Mutation("lse of empty rows", EXECUTOR, "lse[empty], q[empty], dout[empty] = np.inf", "lse[empty], q[empty], "
              "dout[empty] = -np.inf", NO_KEYS_BY_BIAS),
     Mutation("softcap without its slope", EXECUTOR, "ds *= slope[0]", "ds *= 1", CAPPED),
     Mutation("dk without the cap", EXECUTOR, "dk *= (problem.softcap or 1)", "dk *= 1", CAPPED),
     Mutation("bias of the first head", EXECUTOR, "self.sequence.bias[self.head, ", "self.sequence.bias[0, ", BIASED),
-    Mutation("bias of the first rows", EXECUTOR, "slice(self.begin + begin, self.begin + end)",
-             "slice(begin, end)", BIASED),
+    Mutation("bias of the first rows", EXECUTOR, "bias[self.head, queries,", "bias[self.head, : queries.stop - "
+             "queries.start,", BIASED),
     Mutation("slope in dbias", EXECUTOR, "self.exp(p, out=p)  # E", "self.exp(p, out=p); ds, slope = p, [p]  # E",
              CAPPED.but(bias="qk")),
     Mutation("keys from the queries' places", EXECUTOR, "slice(*cu_seqlens_k[i", "slice(*cu_seqlens_q[i", PACKED),
