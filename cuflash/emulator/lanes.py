@@ -133,7 +133,11 @@ class Lanes(WarpOperations):
 
     def wide(self, value: np.ndarray) -> np.ndarray:
         """A value for every lane, of shape `shape`."""
-        return value if value.shape == self.shape else np.broadcast_to(value, self.shape)
+        if value.shape == self.shape:
+            return value
+        result = np.empty(self.shape, value.dtype)  # np.broadcast_to takes many times as long
+        result[...] = value
+        return result
 
     def flat(self, value: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         """Values of all active lanes as one axis."""

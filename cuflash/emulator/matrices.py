@@ -20,11 +20,9 @@ Registers = tuple[np.ndarray, ...]
 
 def _stack(X: Lanes, registers: Registers, dtype: np.dtype) -> np.ndarray:
     """Registers as one array (warps, registers, 8 groups, 4 lanes)."""
-    stacked = np.empty((X.warp_count, len(registers), 32), dtype)
+    stacked = np.empty((*X.shape[:2], len(registers), 32), dtype)
     for k, register in enumerate(registers):
-        if np.shape(register) != X.shape:
-            register = np.broadcast_to(register, X.shape)
-        stacked[:, k] = register.reshape(-1, 32)
+        stacked[:, :, k] = register
     return stacked.reshape(-1, len(registers), 8, 4)
 
 

@@ -84,15 +84,16 @@ class Counters:
     ) -> None:
         """Lanes read or write `width` bytes each (or one number per lane) at offsets picked by mask; without one an
         offset may stand for many lanes."""
-        widths = np.broadcast_to(width, offsets.shape)
         weight = lanes.weight(offsets, mask)
         starts = self.memory.starts
         first, last = (bisect_right(starts, int(x)) - 1 for x in (offsets.min(), offsets.max()))
         if first == last:
-            self.bytes[write][starts[first]] += int(widths.sum()) * weight
+            total = width * offsets.size if isinstance(width, int) else int(width.sum())
+            self.bytes[write][starts[first]] += total * weight
         else:
             which = np.searchsorted(starts, np.reshape(offsets, -1), "right") - 1
-            for number, total in enumerate(np.bincount(which, widths.reshape(-1))):
+            widths = np.broadcast_to(width, offsets.shape).reshape(-1)
+            for number, total in enumerate(np.bincount(which, widths)):
                 if total:
                     self.bytes[write][starts[number]] += int(total) * weight
         self.sectors[write] += self._sectors(lanes, offsets >> SECTOR_SHIFT, mask)

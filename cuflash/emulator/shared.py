@@ -80,7 +80,7 @@ class SharedMemory(FlatSpace):
         """Offsets into the batch's array, one per active lane."""
         if mask is not None:
             return picked + lanes.pick(lanes.rows, mask) * self.stride
-        return np.broadcast_to(picked + lanes.rows * self.stride, lanes.shape).reshape(-1)
+        return lanes.wide(picked + lanes.rows * self.stride).reshape(-1)
 
     def atomic(
         self,
@@ -139,8 +139,9 @@ class SharedMemory(FlatSpace):
         self.data.view(U4).reshape(-1, 4)[offsets >> 4] = rows.reshape(*lanes.shape[:2], 8 * number, 4)
 
     def _matrix_rows(self, lanes: Lanes, site: int, address: np.ndarray, number: int) -> np.ndarray:
-        used = np.broadcast_to(address, np.broadcast_shapes(np.shape(address), (1, 1, 32)))[..., : 8 * number]
-        offsets = used.astype(np.int64)
+        if address.ndim == 0 or address.shape[-1] == 1:
+            address = np.broadcast_to(address, np.broadcast_shapes(address.shape, (1, 1, 32)))
+        offsets = address[..., : 8 * number].astype(np.int64)
         self.check(RowLanes(lanes, 8 * number), site, offsets, 16, None)  # type: ignore[arg-type]
         lanes.machine.counters.matrix_access(lanes, offsets, number)
         return offsets

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 LANES = np.arange(32)
@@ -9,10 +11,11 @@ BITS = np.uint32(1) << np.arange(32, dtype=np.uint32)
 
 
 class WarpOperations:
-    """Methods of lanes.Lanes; `shape` and `mask` are its fields."""
+    """Methods of lanes.Lanes; `shape` and `mask` are its fields, `wide` a method."""
 
     shape: tuple[int, int, int]
     mask: np.ndarray | None
+    wide: Callable[[np.ndarray], np.ndarray]
 
     def shuffle(self, site: int, mode: str, value: np.ndarray, lane: np.ndarray, clamp: np.ndarray) -> tuple:
         """shfl.sync: the value of another lane, and whether that lane is in range (PTX ISA, shfl.sync).
@@ -31,13 +34,14 @@ class WarpOperations:
             valid = source <= last
         source = np.where(valid, source, LANES)
         if self.mask is not None:
-            source, value = np.broadcast_to(source, self.shape), np.where(self.mask, value, np.uint32(0xFFFFFFFF))
-            return np.take_along_axis(value, source, -1), valid.reshape((1,) * (3 - valid.ndim) + valid.shape)
+            value = np.where(self.mask, value, np.uint32(0xFFFFFFFF))
+            value = np.take_along_axis(value, self.wide(source), -1)
+            return value, valid.reshape((1,) * (3 - valid.ndim) + valid.shape)
         if np.ndim(value) == 0 or value.shape[-1] == 1:
             return value, valid.reshape((1,) * (3 - valid.ndim) + valid.shape)
         if source.ndim == 1 or source.size == 32:
             return value.take(source.reshape(-1), axis=-1), valid.reshape(1, 1, 32)
-        return np.take_along_axis(np.broadcast_to(value, self.shape), np.broadcast_to(source, self.shape), -1), valid
+        return np.take_along_axis(self.wide(value), self.wide(source), -1), valid
 
     def vote(self, mode: str, predicate: np.ndarray) -> np.ndarray:
         """vote.sync over the lanes that are here."""
