@@ -213,7 +213,7 @@ def poisoned(inputs: Inputs, shown: np.ndarray) -> Inputs:
     """NaN where no query of any head looks, tile by tile of the keys, and pair by pair of the bias."""
     keys = shown.any(axis=(0, 1, 2)).reshape(-1, 16).any(axis=1).repeat(16)
     k, v = (np.where(keys[None, :, None, None], x, np.nan).astype(x.dtype) for x in inputs[1:3])
-    bias = np.where(shown, inputs.bias, np.nan).astype(inputs.bias.dtype)
+    bias = None if inputs.bias is None else np.where(shown, inputs.bias, np.nan).astype(inputs.bias.dtype)
     return inputs._replace(k=k, v=v, bias=bias)
 
 
