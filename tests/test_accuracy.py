@@ -17,11 +17,26 @@ from tests import oracle
 TEXT = make_accuracy.TARGET.read_text(encoding="utf-8")
 TABLES = make_accuracy.tables_in(TEXT)
 
-# Root mean square error of the kernels, as a fraction of standard attention's, at most. Standard attention stores
-# S, P, dP and dS in 16 bits and flash does not; in other precisions it rounds nothing that flash does not.
-BARS = {"float16": 0.999, "bfloat16": 0.999, "tf32": 1.05, "float32": 1.3, "float64": 1.15}
-ALWAYS_BETTER = ("out", "lse")  # in every precision but tf32, where the scores have the same error
-CPU_BARS = {"float16": 0.999, "bfloat16": 0.999, "float32": 1.5, "float64": 1.6}
+# Root mean square error, as a fraction of standard attention's, at most: less than 1 but for what the page explains,
+# with a few hundredths for the last digits of another BLAS.
+BARS = {
+    ("flash, kernels", "float32", "dq"): 1.01,
+    ("flash, kernels", "float32", "dbias"): 1.15,
+    ("flash, kernels", "float64", "dbias"): 1.13,
+    ("flash, CPU", "float32", "out"): 1.01,
+    ("flash, CPU", "float32", "lse"): 1.03,
+    ("flash, CPU", "float32", "dq"): 1.06,
+    ("flash, CPU", "float32", "dbias"): 1.06,
+    ("flash, CPU", "float64", "lse"): 1.04,
+    ("flash, CPU", "float64", "dq"): 1.07,
+    ("flash, CPU", "float64", "dbias"): 1.12,
+    # Both round the same factors of the same products.
+    ("flash, kernels", "tf32", "lse"): 1.001,
+    ("flash, kernels", "tf32", "dq"): 1.03,
+    ("flash, kernels", "tf32", "dk"): 1.03,
+    ("flash, kernels", "tf32", "dv"): 1.01,
+    ("flash, kernels", "tf32", "dbias"): 1.01,
+}
 
 
 def inputs_of(precision: str, case: Case, size: Size, heads: int) -> Inputs:
@@ -47,12 +62,10 @@ def test_page_has_every_case_algorithm_and_result(precision: str) -> None:
 @pytest.mark.parametrize("result", RESULTS)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_flash_keeps_its_bars(precision: str, result: str) -> None:
-    bar = BARS[precision]
-    if result in ALWAYS_BETTER and precision != "tf32":
-        bar = 0.999
-    assert max(make_accuracy.ratios_to_standard(TABLES[precision], "flash, kernels", result)) <= bar
-    if precision != "tf32":
-        assert max(make_accuracy.ratios_to_standard(TABLES[precision], "flash, CPU", result)) <= CPU_BARS[precision]
+    for name in make_accuracy.algorithms_of(precision):
+        if name.startswith("flash"):
+            bar = BARS.get((name, precision, result), 0.999)
+            assert max(make_accuracy.ratios_to_standard(TABLES[precision], name, result)) <= bar
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
