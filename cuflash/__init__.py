@@ -1,7 +1,8 @@
 """cuflash: exact, IO-aware attention for NumPy, CuPy and DLPack arrays, with no deep-learning framework.
 
-Public: `attention`, `attention_varlen`, `paged_attention`, `merge_states`, `vjp`, `emulate`, `Options`, the errors, and
-the modules `masks`, `sparse`, `reference`, `io_model` and `emulator`, which load when they are first used.
+Public: `attention`, `attention_varlen`, `paged_attention`, `PagedKVCache`, `BlockPool`, `merge_states`, `vjp`,
+`emulate`, `Options`, the errors, and the modules `masks`, `sparse`, `reference`, `io_model` and `emulator`, which load
+when they are first used.
 """
 
 from __future__ import annotations
@@ -20,11 +21,15 @@ from cuflash.errors import (
     InvalidShapeError,
     InvalidTypeError,
     InvalidValueError,
+    OutOfBlocksError,
     TraceError,
+    UnknownSequenceError,
 )
 from cuflash.merge import merge_states
 from cuflash.options import Options
 from cuflash.paged import paged_attention
+from cuflash.paging.cache import PagedKVCache
+from cuflash.paging.pool import BlockPool
 from cuflash.vjp import vjp
 
 if TYPE_CHECKING:
@@ -33,6 +38,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockPool",
     "CompileError",
     "ConfigError",
     "CuflashError",
@@ -43,7 +49,10 @@ __all__ = [
     "InvalidTypeError",
     "InvalidValueError",
     "Options",
+    "OutOfBlocksError",
+    "PagedKVCache",
     "TraceError",
+    "UnknownSequenceError",
     "attention",
     "attention_varlen",
     "emulate",

@@ -29,7 +29,7 @@ LAYERS = (
     ("packing",),
     ("forward",),
     ("backward", "tokens", "hashing"),
-    ("attention", "merge", "paged", "sparse"),
+    ("attention", "merge", "paged", "paging", "sparse"),
     ("",),  # cuflash itself
     ("cli",),
     ("__main__",),
@@ -185,7 +185,8 @@ def test_docstrings_of_cuflash_run() -> None:
     """The examples of the public docstrings, as they stand."""
     import doctest
 
-    for name in ("attention", "attention_varlen", "merge_states", "vjp"):
+    names = "attention", "attention_varlen", "paged_attention", "PagedKVCache", "BlockPool", "merge_states", "vjp"
+    for name in names:
         function = getattr(cuflash, name)
         runner = doctest.DocTestRunner()
         for test in doctest.DocTestFinder().find(function, name, globs={"np": np, "cuflash": cuflash}):

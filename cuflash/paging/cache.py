@@ -326,8 +326,10 @@ class PagedKVCache:
             raise InvalidValueError(
                 f"slots[{i}] = {slots[i]}: {holders[i]} sequences hold block {block}: must be one, as after reserve"
             )
-        if len(np.unique(slots)) < len(slots):
-            raise InvalidValueError("slots: must be different from each other")
+        first = np.unique(slots, return_index=True)[1]
+        if len(first) < len(slots):
+            i = int(np.setdiff1d(np.arange(len(slots)), first)[0])
+            raise InvalidValueError(f"slots[{i}] = {slots[i]}: must occur once")
 
     def _take(self, name: str, value: Any) -> NativeArray:
         kind = kind_of(value, name)
