@@ -31,6 +31,7 @@ from cuflash.io_model.backward import (
 from cuflash.io_model.cost import Cost, Roofline
 from cuflash.io_model.forward import chunked, compulsory_bytes, costs, flash_forward, standard, useful_flops
 from cuflash.io_model.shapes import plan_backward_contiguous, plan_contiguous, problem_of_shapes
+from cuflash.masks import Mask
 from cuflash.options import Options
 from cuflash.plan.arch import arch_named
 
@@ -64,6 +65,7 @@ def compare(
     dtype: str = "bfloat16",
     causal: bool = False,
     window: Sequence[int | None] | None = None,
+    mask: Mask | None = None,
     bias_shape: Sequence[int] | None = None,
     bias_dtype: str | None = None,
     softcap: float | None = None,
@@ -80,6 +82,8 @@ def compare(
         Shapes as `cuflash.attention` takes them; k as q and v as k where left out.
     dtype : str
         Of q, k and v: "float16", "bfloat16", "float32" or "float64".
+    causal, window, mask : optional
+        As `cuflash.attention` takes them.
     bias_shape, bias_dtype : optional
         Of a bias that broadcasts to (batch, num_heads, seqlen_q, seqlen_k); its dtype is that of q where left out.
     return_lse : bool
@@ -103,6 +107,7 @@ def compare(
         dtype=dtype,
         causal=causal,
         window=window,
+        mask=mask,
         softcap=softcap,
         bias_shape=bias_shape,
         bias_dtype=bias_dtype,

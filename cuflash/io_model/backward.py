@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
-from cuflash.io_model.cost import Cost, Sizes, product_count, special_operations
+from cuflash.io_model.cost import Cost, Sizes, list_bytes, product_count, special_operations
 from cuflash.io_model.shapes import in_rank_4
 from cuflash.plan.backward import BackwardPlan
 from cuflash.plan.backward_cost import column_chunks, shares
 from cuflash.plan.backward_traffic import TURN, backward_traffic, sums_of_tile, visits
 from cuflash.plan.config import BackwardConfig, BiasGradientConfig, round_up
 from cuflash.plan.launch import Launch
-from cuflash.plan.traffic import sequence_lengths, sum_bytes
+from cuflash.plan.traffic import INDEX, sum_bytes
 from cuflash.problem import Problem
 
 
@@ -67,7 +67,6 @@ def flash_backward(
 ) -> Cost:
     """The launches of a plan, exactly as the kernels load, add and store, but for how often they ask for their turn."""
     packing = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-    lengths = sequence_lengths(problem, **packing)
     read: Counter[str] = Counter()
     written: Counter[str] = Counter()
     shape = None if bias_shape is None else in_rank_4(bias_shape)
@@ -79,7 +78,7 @@ def flash_backward(
     once = compulsory_backward_bytes(problem, lse_cotangent=lse_cotangent, bias_shape=bias_shape, **packing)
     flops, special = 0, 0
     for planned in plan.launches[1::2]:  # backward and, with a bias, its gradient
-        of_launch = _operations(problem, planned, lengths)
+        of_launch = _operations(problem, planned, visits(problem, _tiled(planned), **packing).tiles)
         flops, special = flops + of_launch[0], special + of_launch[1]
     return Cost(
         dtype=_main(plan).dtype,
@@ -93,10 +92,13 @@ def flash_backward(
     )
 
 
-def _operations(problem: Problem, launch: Launch, lengths: Sequence[tuple[int, int]]) -> tuple[int, int]:
+def _tiled(launch: Launch) -> BackwardConfig | BiasGradientConfig:
+    return cast(BackwardConfig | BiasGradientConfig, launch.config)
+
+
+def _operations(problem: Problem, launch: Launch, tiles: int) -> tuple[int, int]:
     """Operations of the products and exponentials of the backward kernel or of that for the gradient of a bias."""
-    config = cast(BackwardConfig | BiasGradientConfig, launch.config)
-    tiles = problem.num_heads * visits(problem, config, lengths).tiles
+    config = _tiled(launch)
     pairs = config.block_m * config.block_n
     columns = round_up(config.head_dim, 16) + round_up(config.head_dim_v, 16)  # of S and dP
     chunks = 1
@@ -111,9 +113,14 @@ def _operations(problem: Problem, launch: Launch, lengths: Sequence[tuple[int, i
 
 
 def workspace_bytes(plan: BackwardPlan) -> int:
-    """Of lse and delta of each query, the sums of dq and the counters of turns: linear in the number of queries."""
-    wide = sum_bytes(_main(plan).dtype)
-    return wide * (2 * math.prod(plan.row_shape) + math.prod(plan.sum_shape)) + TURN * math.prod(plan.turn_shape)
+    """Of lse and delta of each query, the sums of dq and the counters of turns: linear in the number of queries.
+
+    Under a mask also the lists of tiles and what they are made from.
+    """
+    wide, turns = sum_bytes(_main(plan).dtype), TURN * math.prod(plan.turn_shape)
+    if plan.lists is not None:
+        turns += list_bytes(plan.lists) + INDEX * math.prod(plan.lists.turn_shape or ())
+    return wide * (2 * math.prod(plan.row_shape) + math.prod(plan.sum_shape)) + turns
 
 
 def _main(plan: BackwardPlan) -> BackwardConfig:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
+import numpy as np
+
+from cuflash.masks.program import Program
 from cuflash.plan.config import ELEMENT_BYTES
 from cuflash.plan.gpus import Gpu
-from cuflash.plan.traffic import sequence_lengths, sum_bytes
+from cuflash.plan.masked_tiles import Group, groups, seen
+from cuflash.plan.tile_lists import TileListPlan
+from cuflash.plan.traffic import INDEX, sequence_lengths, sum_bytes
 from cuflash.problem import Problem
 
 
@@ -97,7 +104,7 @@ class Sizes:
     def __init__(
         self, problem: Problem, cu_seqlens_q: Sequence[int] | None, cu_seqlens_k: Sequence[int] | None
     ) -> None:
-        self.problem = problem
+        self.problem, self.packing = problem, (cu_seqlens_q, cu_seqlens_k)
         self.seqlens = sequence_lengths(problem, cu_seqlens_q, cu_seqlens_k)
         self.element, self.wide = ELEMENT_BYTES[problem.dtype], sum_bytes(problem.dtype)
         tokens_q = sum(n for n, _ in self.seqlens)
@@ -113,14 +120,31 @@ class Sizes:
 
     def area(self) -> int:
         """Visible (query, key) pairs."""
+        mask = self.problem.mask
+        if mask is not None:
+            return sum(
+                group.times * group.heads * mask.visible_pairs(place)
+                for group in self._groups()
+                for place in group.places
+            )
         counts = Counter(self.seqlens)
         return self.problem.num_heads * sum(c * self.problem.visible_pairs(*pair) for pair, c in counts.items())
 
     def visible_keys_and_values(self) -> int:
         """Bytes of the keys, with their values, that at least one query sees."""
-        ranges = (self.problem.key_range(0, n, n, m) for n, m in self.seqlens if n)
-        keys = sum(max(0, end - begin) for begin, end in ranges)
-        return keys * self.problem.num_kv_heads * (self.problem.head_dim + self.problem.head_dim_v) * self.element
+        mask = self.problem.mask
+        if mask is not None:
+            keys = sum(
+                group.times * np.logical_or.reduce([seen(mask, place)[1] for place in group.places]).sum()
+                for group in self._groups()
+            )
+        else:
+            ranges = (self.problem.key_range(0, n, n, m) for n, m in self.seqlens if n)
+            keys = self.problem.num_kv_heads * sum(max(0, end - begin) for begin, end in ranges)
+        return int(keys) * (self.problem.head_dim + self.problem.head_dim_v) * self.element
+
+    def _groups(self) -> Iterator[Group]:
+        return groups(self.problem, cast(Program, self.problem.mask), *self.packing)
 
     def cost(
         self,
@@ -146,6 +170,11 @@ class Sizes:
             workspace_bytes=workspace_bytes,
             useful_flops=useful_flops,
         )
+
+
+def list_bytes(plan: TileListPlan | None) -> int:
+    """Of the lists that a mask keeps."""
+    return 0 if plan is None else INDEX * (math.prod(plan.list_shape) + math.prod(plan.count_shape))
 
 
 def product_count(dtype: str) -> int:

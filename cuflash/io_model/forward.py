@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import cast
 
 from cuflash.errors import InvalidValueError
-from cuflash.io_model.cost import Cost, Sizes, product_count, special_operations
+from cuflash.io_model.cost import Cost, Sizes, list_bytes, product_count, special_operations
 from cuflash.plan.config import ForwardConfig, round_up
 from cuflash.plan.forward import ForwardPlan
-from cuflash.plan.traffic import forward_traffic, query_tiles, sequence_lengths
+from cuflash.plan.traffic import all_query_tiles, forward_traffic
 from cuflash.problem import Problem
 
 
@@ -100,10 +100,12 @@ def flash_forward(
 ) -> Cost:
     """The launches of a plan, exactly as the kernels load and store; tiles that the mask hides are not visited.
 
+    Under a mask lists of tiles are read. What makes them (`cuflash.plan.traffic.list_traffic`) and what the expression
+    of a mask looks up are not counted.
+
     `bias_elements` is the number of elements that the bias has, which `dram_bytes` counts once; by default one per
     visible (query, key) pair.
     """
-    seqlens = sequence_lengths(problem, cu_seqlens_q, cu_seqlens_k)
     packing = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     read: Counter[str] = Counter()
     written: Counter[str] = Counter()
@@ -113,7 +115,8 @@ def flash_forward(
     partial = sum(written[name] for name in ("o_partial", "lse_partial"))
     once = compulsory_bytes(problem, return_lse=return_lse, bias_elements=bias_elements, **packing)
     config = cast(ForwardConfig, plan.forward.config)
-    visits = tile_visits(problem, config, seqlens)
+    tiles = all_query_tiles(problem, config, **packing)
+    visits = sum(heads * tile.key_tiles for tile, heads in tiles) * -(-config.head_dim_v // config.block_dv)
     tile = config.block_m * config.block_n
     # The four lanes of a row each compute its rescaling factor.
     special = tile * special_operations(problem.softcap, problem.dtype) + 4 * config.block_m
@@ -128,19 +131,9 @@ def flash_forward(
         * tile
         * (round_up(config.head_dim, 16) + config.block_dv),
         exponentials=0 if problem.dtype == "float64" else visits * special,
-        workspace_bytes=partial,
+        workspace_bytes=partial + list_bytes(plan.lists),
         useful_flops=useful_flops(problem, **packing),
     )
-
-
-def tile_visits(problem: Problem, config: ForwardConfig, seqlens: Sequence[tuple[int, int]]) -> int:
-    """How many (query tile, key tile) pairs the kernel computes, over heads and chunks of output columns."""
-    visits = sum(
-        count * tile.key_tiles
-        for lengths, count in Counter(seqlens).items()
-        for tile in query_tiles(problem, config, *lengths)
-    )
-    return visits * problem.num_heads * -(-config.head_dim_v // config.block_dv)
 
 
 def useful_flops(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from cuflash import check
 from cuflash.errors import InvalidDtypeError, InvalidShapeError
 from cuflash.layout import ALIGNMENT, Layout, contiguous_strides
+from cuflash.masks import Mask
 from cuflash.options import Options
 from cuflash.plan.arch import Arch
 from cuflash.plan.backward import BackwardPlan, plan_backward
@@ -24,6 +25,7 @@ def problem_of_shapes(
     dtype: str = "bfloat16",
     causal: bool = False,
     window: Sequence[int | None] | None = None,
+    mask: Mask | None = None,
     softcap: float | None = None,
     bias_shape: Sequence[int] | None = None,
     bias_dtype: str | None = None,
@@ -33,7 +35,7 @@ def problem_of_shapes(
     v_shape = k_shape if v_shape is None else v_shape
     bias = None if bias_shape is None else _layout("bias", bias_shape, bias_dtype or dtype)
     q, k, v = (_layout(n, shape, dtype) for n, shape in (("q", q_shape), ("k", k_shape), ("v", v_shape)))
-    return check.problem(q, k, v, bias, check.scores(causal, window, None, softcap), None)
+    return check.problem(q, k, v, bias, check.scores(causal, window, None, softcap, mask), None)
 
 
 def _layout(name: str, shape: Sequence[int], dtype: str) -> Layout:

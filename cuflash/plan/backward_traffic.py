@@ -12,7 +12,11 @@ module therefore counts:
 - finish reads the sums and writes dq;
 - a block of the gradient of a bias reads the same as one of the backward kernel, of one query head, and keys again
   where it owns a tile of queries rather than all of them; it writes its part of dbias;
-- of a packed problem the threads that locate their block's sequence read its ends and what their search passes.
+- of a packed problem the threads that locate their block's sequence read its ends and what their search passes;
+- under a mask a block of the backward kernel reads the length of its list, the entry of each of its visits and at least
+  two of them, and of these tiles every key and query that exists; one of the gradient of a bias leaves out the tiles
+  that intervals show to be hidden, which is all that are hidden if the mask looks nothing up. Arrays mask_* and the
+  making of lists are apart, as in `cuflash.plan.traffic`.
 
 How often a block asks for its turn beyond the first time depends on when others pass it: the reads of `turns` are the
 least.
@@ -25,11 +29,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, cast
 
+import numpy as np
+
 from cuflash.errors import InvalidValueError
+from cuflash.masks.program import Program
 from cuflash.plan.backward import BackwardPlan
 from cuflash.plan.backward_cost import column_chunks, shares
 from cuflash.plan.config import ELEMENT_BYTES, BackwardConfig, BiasGradientConfig, round_up
 from cuflash.plan.launch import Launch
+from cuflash.plan.masked_tiles import Group, groups, seen, visited_tiles
 from cuflash.plan.traffic import INDEX, LaunchTraffic, nonzero, sequence_lengths, slot_owners, sum_bytes, tokens
 from cuflash.problem import Problem
 
@@ -47,13 +55,16 @@ class KeyTile(NamedTuple):
 
 
 class Visits(NamedTuple):
-    """Sums over the key tiles of all sequences and one head, of tiles that a query sees."""
+    """Sums over the key tiles of all sequences and heads, of tiles that a query sees."""
 
-    keys: int
+    keys: int  # of key/value heads
+    keys_of_heads: int  # the same, once for each query head that sees one of them
     queries: int
     pairs: int  # rows of the tile times its queries
     tiles: int  # pairs of a key tile and a query tile
     keys_of_tiles: int  # keys, once for each of these pairs
+    entries: int = 0  # of lists under a mask, that blocks read
+    lists: int = 0  # that have a length
 
 
 def key_tiles(
@@ -79,15 +90,59 @@ def query_range(problem: Problem, key_begin: int, key_end: int, seqlen_q: int, s
     return begin, end
 
 
-def visits(problem: Problem, config: BackwardConfig | BiasGradientConfig, lengths: Sequence[tuple[int, int]]) -> Visits:
-    """What the blocks of all key tiles of one head see; `lengths` of every sequence."""
-    total = [0] * len(Visits._fields)
-    for pair, count in Counter(lengths).items():
+def visits(
+    problem: Problem,
+    config: BackwardConfig | BiasGradientConfig,
+    cu_seqlens_q: Sequence[int] | None = None,
+    cu_seqlens_k: Sequence[int] | None = None,
+) -> Visits:
+    """What the blocks of all key tiles see."""
+    total = Visits(*[0] * 6)
+    if problem.mask is not None:
+        for group in groups(problem, problem.mask, cu_seqlens_q, cu_seqlens_k):
+            total = _added(total, _listed(problem.mask, config, group), group.times)
+        return total
+    for pair, count in Counter(sequence_lengths(problem, cu_seqlens_q, cu_seqlens_k)).items():
         for tile in key_tiles(problem, config, *pair):
-            parts = tile.keys, tile.queries, tile.rows * tile.queries, tile.visits, tile.keys * tile.visits
-            for i, part in enumerate(parts):
-                total[i] += count * part
-    return Visits(*total)
+            of_pairs = tile.queries, tile.rows * tile.queries, tile.visits, tile.keys * tile.visits
+            of_heads = (problem.group * part for part in (tile.keys, *of_pairs))
+            total = _added(total, Visits(tile.keys, *of_heads), count * problem.num_kv_heads)
+    return total
+
+
+def _added(total: Visits, more: Visits, times: int) -> Visits:
+    return Visits(*(a + times * b for a, b in zip(total, more, strict=True)))
+
+
+def _listed(mask: Program, config: BackwardConfig | BiasGradientConfig, group: Group) -> Visits:
+    """What the blocks of one key/value head see of a sequence."""
+    tiles = [visited_tiles(mask, place, config.block_m, config.block_n) for place in group.places]
+    rows, keys, count = tiles[0].rows, tiles[0].keys, group.heads
+    visited = np.array([of_head.visited for of_head in tiles])  # (places, query tiles, key tiles)
+    of_key_tile = count * visited.sum(axis=(0, 1))
+    queries = rows @ visited.sum(axis=0)  # of each key tile
+    return Visits(
+        int(keys[of_key_tile > 0].sum()),
+        count * int((visited.any(axis=1) @ keys).sum()),
+        count * int(queries.sum()),
+        count * int(queries @ keys),
+        int(of_key_tile.sum()),
+        int(of_key_tile @ keys),
+        int(np.maximum(of_key_tile[of_key_tile > 0], 2).sum()),
+        len(keys) if len(rows) else 0,
+    )
+
+
+def _queries_that_see(problem: Problem, cu_seqlens_q: Sequence[int] | None, cu_seqlens_k: Sequence[int] | None) -> int:
+    """Queries of all sequences and heads that see a key."""
+    if problem.mask is not None:
+        return sum(
+            group.times * group.heads * sum(int(seen(problem.mask, place)[0].sum()) for place in group.places)
+            for group in groups(problem, problem.mask, cu_seqlens_q, cu_seqlens_k)
+        )
+    lengths = sequence_lengths(problem, cu_seqlens_q, cu_seqlens_k)
+    seeing = (query_range(problem, 0, m, n, m) for n, m in lengths if m)
+    return problem.num_heads * sum(max(0, end - begin) for begin, end in seeing)
 
 
 def backward_traffic(
@@ -128,8 +183,7 @@ def backward_traffic(
     prepare["d_o"] = prepare["o"]
     prepare["lse"] = LANES * heads * tokens_q * wide
     if lse_cotangent:
-        seeing = (query_range(problem, 0, m, n, m) for n, m in lengths if m)
-        prepare["d_lse"] = LANES * heads * sum(max(0, end - begin) for begin, end in seeing) * wide
+        prepare["d_lse"] = LANES * _queries_that_see(problem, cu_seqlens_q, cu_seqlens_k) * wide
     finish = Counter(dq_sum=tiles * dq_chunks * owned * wide)
     if cu_seqlens_q is not None:
         slots = slot_owners(cu_seqlens_q, config.block_m, plan.q_tiles)
@@ -142,7 +196,7 @@ def backward_traffic(
         "row_lse": rows,
         "row_delta": rows,
     }
-    main = _backward(problem, config, visits(problem, config, lengths))
+    main = _backward(problem, config, visits(problem, config, cu_seqlens_q, cu_seqlens_k))
     written = {name: main[name] for name in ("dq_sum", "turns")}
     written["dk"] = problem.num_kv_heads * tokens_k * config.head_dim * element
     written["dv"] = problem.num_kv_heads * tokens_k * config.head_dim_v * element
@@ -157,7 +211,9 @@ def backward_traffic(
         LaunchTraffic(nonzero(finish), nonzero({"dq": heads * tokens_q * config.head_dim * element})),
     ]
     if len(plan.launches) > len(launches):
-        launches.append(_bias_gradient(problem, plan.launches[-1], lengths, bias_shape))
+        tiled = cast(BiasGradientConfig, plan.launches[-1].config)
+        visited = visits(problem, tiled, cu_seqlens_q, cu_seqlens_k)
+        launches.append(_bias_gradient(problem, plan.launches[-1], visited, bias_shape))
     return tuple(launches)
 
 
@@ -169,38 +225,34 @@ def sums_of_tile(config: BackwardConfig) -> int:
     return warp_rows * -(-columns // own.dq_columns) * own.dq_rows * own.dq_columns * 256
 
 
-def _backward(problem: Problem, config: BackwardConfig, seen: Visits) -> Counter[str]:
+def _backward(problem: Problem, config: BackwardConfig, visited: Visits) -> Counter[str]:
     """Reads of the backward kernel beside cu_seqlens."""
     chunks, dq_chunks = column_chunks(config), -(-config.head_dim // config.block_d)
-    read = _inputs(problem, config, seen, chunks * problem.num_kv_heads * seen.keys, chunks)
-    additions = problem.num_heads * dq_chunks * seen.tiles
+    read = _inputs(problem, config, visited, chunks * visited.keys, chunks)
+    additions = dq_chunks * visited.tiles
     read["dq_sum"] = additions * sums_of_tile(config) * sum_bytes(config.dtype)
     read["turns"] = additions * TURN if config.deterministic else 0
+    read["tile_lists"], read["tile_counts"] = 2 * INDEX * chunks * visited.entries, INDEX * chunks * visited.lists
     return read
 
 
 def _inputs(
-    problem: Problem, config: BackwardConfig | BiasGradientConfig, seen: Visits, keys: int, times: int
+    problem: Problem, config: BackwardConfig | BiasGradientConfig, visited: Visits, keys: int, times: int
 ) -> Counter[str]:
-    """Reads of `keys` keys and of every visit's queries, `times` times for each head."""
-    times *= problem.num_heads
+    """Reads of `keys` keys and, `times` times, of every visit's queries."""
     row, row_v = (size * ELEMENT_BYTES[config.dtype] for size in (config.head_dim, config.head_dim_v))
-    read = Counter(k=keys * row, v=keys * row_v, q=times * seen.queries * row, d_o=times * seen.queries * row_v)
-    read["row_lse"] = read["row_delta"] = times * seen.tiles * config.block_m * sum_bytes(config.dtype)
+    read = Counter(k=keys * row, v=keys * row_v, q=times * visited.queries * row, d_o=times * visited.queries * row_v)
+    read["row_lse"] = read["row_delta"] = times * visited.tiles * config.block_m * sum_bytes(config.dtype)
     if problem.bias_dtype is not None:
-        read["bias"] = times * seen.pairs * ELEMENT_BYTES[problem.bias_dtype]
+        read["bias"] = times * visited.pairs * ELEMENT_BYTES[problem.bias_dtype]
     return read
 
 
-def _bias_gradient(
-    problem: Problem, launch: Launch, lengths: Sequence[tuple[int, int]], shape: Sequence[int] | None
-) -> LaunchTraffic:
+def _bias_gradient(problem: Problem, launch: Launch, visited: Visits, shape: Sequence[int] | None) -> LaunchTraffic:
     config = cast(BiasGradientConfig, launch.config)
     if shape is None or len(shape) != 4:
         raise InvalidValueError(f"bias_shape = {shape}: must be the four lengths that the plan was given")
-    seen = visits(problem, config, lengths)
-    keys = problem.num_heads * (seen.keys if shape[2] == 1 else seen.keys_of_tiles)
-    read = _inputs(problem, config, seen, keys, 1)
+    read = _inputs(problem, config, visited, visited.keys_of_heads if shape[2] == 1 else visited.keys_of_tiles, 1)
     if problem.varlen:
         sequences = launch.grid[0] * (problem.batch if shape[0] == 1 else 1)  # that blocks locate
         read["cu_seqlens_q"] = read["cu_seqlens_k"] = INDEX * config.threads * sequences * 2
