@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 Row = dict[str, Any]
-STYLES = {"cuflash": ("tab:blue", "o"), "torch flex": ("tab:red", "s"), "torch mask": ("tab:orange", "^")}
+COLORS = {"cuflash": "tab:blue", "torch flex": "tab:red", "torch mask": "tab:orange"}
+MARKERS = {"random": "o", "window": "s", "butterfly": "^", "hash": "D", "QK-sparse": "v"}
 
 
 def tables(rows: list[Row]) -> list[Table]:
@@ -63,8 +64,9 @@ def plot(rows: list[Row], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
-    done = [row for row in rows if "of_dense" in row and row["contender"] in STYLES]
+    done = [row for row in rows if "of_dense" in row and row["contender"] in COLORS]
     panels = list(dict.fromkeys((row["setting"], row["shape"], row["pass"]) for row in done))
     columns = min(4, max(1, len(panels)))
     lines = -(-max(1, len(panels)) // columns)
@@ -72,16 +74,22 @@ def plot(rows: list[Row], path: Path) -> None:
     figure, grid = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     for axes, panel in zip(grid.flat, panels, strict=False):
         own = [row for row in done if (row["setting"], row["shape"], row["pass"]) == panel]
-        for name, (color, marker) in STYLES.items():
-            points = [(row["density"], row["of_dense"]) for row in own if row["contender"] == name]
-            if points:
-                axes.loglog(*zip(*points, strict=True), marker, color=color, label=name)
+        for name, color in COLORS.items():
+            for pattern, marker in MARKERS.items():
+                points = [
+                    (row["density"], row["of_dense"])
+                    for row in own
+                    if row["contender"] == name and row["case"].startswith(pattern)
+                ]
+                if points:
+                    axes.loglog(*zip(*points, strict=True), marker, color=color, label=f"{name}, {pattern}")
         bars = sorted({(row["density"], row["bar"]) for row in own})
         axes.loglog(*zip(*bars, strict=True), "--", color="grey", label="1.1 s + 0.03")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title(f"{panel[0]}: {panel[1]}\n{panel[2].replace('_', ' and ')}", fontsize=9)
         axes.set(xlabel="density", ylabel="time / dense")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=6)
     for axes in grid.flat[len(panels) :]:
         axes.axis("off")
     figure.savefig(path, dpi=120)
