@@ -18,8 +18,8 @@ from cuflash.masks.steps import Place
 from cuflash.masks.tiles import PARTIAL
 from cuflash.problem import Problem
 
-MAX_KEPT = 2**26  # bytes kept with a mask
-HIDDEN_BYTES = 64  # of those, most bytes per query and per key of one head that say which scores are hidden
+MAX_KEPT = 2**27  # bytes that are kept with a mask before it begins anew
+HIDDEN_BYTES = 256  # of those, most bytes per query and key of one head that say which scores are hidden: linear memory
 
 Hidden = list[tuple[slice, np.ndarray]]  # groups, and bool (groups, rows, keys): true where a score is hidden
 
@@ -94,7 +94,7 @@ class Masked:
         self._program, self._places = program, places
         len_q, len_k = places[0][:2]
         self._room = HIDDEN_BYTES * len(places) * (len_q + len_k)
-        self.max_bytes = self._room + len(places) * -(-len_q // rows) * -(-len_k // tile)
+        self.nbytes = len(places) * -(-len_q // rows) * -(-len_k // tile)
         self._lock = Lock()
         self._found: np.ndarray | None = None
         self._kept: dict[tuple[int, int, int, int], tuple[list[slice], np.ndarray]] = {}
@@ -150,6 +150,7 @@ class Masked:
             if bits.nbytes <= self._room and at not in self._kept:
                 self._kept[at] = ranges, bits
                 self._room -= bits.nbytes
+                self.nbytes += bits.nbytes
 
     def _index(self, head: int) -> int:
         return head % len(self._places)
@@ -178,7 +179,7 @@ def sight_of(problem: Problem, place: Place, kv_head: int, rows: int, tile: int)
     sight = kept.get((places, rows, tile))
     if sight is None:
         sight = Masked(mask, places, rows, tile)
-        if sight.max_bytes + sum(other.max_bytes for other in list(kept.values())) > MAX_KEPT:
+        if sight.nbytes + sum(other.nbytes for other in list(kept.values())) > MAX_KEPT:
             kept.clear()
         kept[places, rows, tile] = sight
     return sight

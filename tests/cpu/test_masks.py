@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from collections import Counter
@@ -179,15 +180,19 @@ def test_verdicts_are_kept_with_the_mask() -> None:
 def test_what_is_kept_is_bounded() -> None:
     """Verdicts of many lengths, and bits of a mask every tile of which is seen in part."""
     mask = masks.where(lambda batch, head, q, k: (q + k + head + batch) % 2 == 0)
-    case = CASE.but(mask=mask, batch=2, num_heads=2, num_kv_heads=2)
-    with mock.patch.object(visibility, "MAX_KEPT", 10**5), mock.patch.object(visibility, "HIDDEN_BYTES", 8):
+    case = CASE.but(mask=mask, num_heads=2, num_kv_heads=2)
+    sizes = []
+    with mock.patch.object(visibility, "MAX_KEPT", 10**5), mock.patch.object(visibility, "HIDDEN_BYTES", 16):
         for seqlen_q in range(160, 190):
             check(CPU, case.but(seqlen_q=seqlen_q))
             kept = mask.program.kept["cpu"].values()
-            assert 0 < sum(sight.max_bytes for sight in kept) <= 10**5
             for sight in kept:
                 bits = sum(bits.nbytes for _, bits in sight._kept.values())
-                assert bits + sight.verdicts.nbytes <= sight.max_bytes
+                assert 0 < bits <= 16 * (seqlen_q + case.seqlen_k)
+                assert bits + sight.verdicts.nbytes == sight.nbytes
+            sizes.append(sum(sight.nbytes for sight in kept))
+    assert max(sizes) < 10**5 + 2 * 16 * (190 + 203)  # what is made last grows once it is there
+    assert sum(after < before for before, after in itertools.pairwise(sizes)) > 1
 
 
 @by_dtype
