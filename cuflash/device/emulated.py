@@ -154,12 +154,12 @@ class EmulatedDevice:
 
 
 class _Kept:
-    """An array in the emulated memory, given back with this object."""
+    """An array in the emulated memory, given back with this object; a mask that keeps it keeps no device."""
 
     def __init__(self, device: emulator.Device, shape: tuple[int, ...], dtype: np.dtype, name: str) -> None:
         array = device.empty(shape, dtype, name=name)
         self.address = int(array.pointer)
-        weakref.finalize(self, device.free, array)
+        weakref.finalize(self, device.release(array))
 
 
 class _Call:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Literal
 
@@ -134,6 +135,17 @@ class Device:
     def free(self, array: DeviceArray) -> None:
         """Give an array's memory back."""
         self._memory.free(array._allocation)
+
+    def release(self, array: DeviceArray) -> Callable[[], None]:
+        """What gives an array's memory back if the device is still there, and keeps neither."""
+        memory, allocation = weakref.ref(self._memory), array._allocation
+
+        def free() -> None:
+            alive = memory()
+            if alive is not None:
+                alive.free(allocation)
+
+        return free
 
     def load(self, ptx: str) -> Module:
         """Load a PTX module: parse and translate it, place its variables.

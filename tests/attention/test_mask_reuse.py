@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -87,6 +89,15 @@ class TestLists:
         for _ in range(2):
             with cuflash.emulate("sm_80") as device:
                 assert Kept(device).by(lambda: cuflash.attention(x, x, x, mask=mask)) == LISTS + FORWARD
+
+    def test_a_mask_keeps_no_device(self) -> None:
+        mask, x = masks.SlidingWindow(20, 3), make(70, 2, 16)
+        with cuflash.emulate("sm_80") as device:
+            cuflash.attention(x, x, x, mask=mask)
+            memory = weakref.ref(device._emulator._memory)
+        del device
+        gc.collect()
+        assert memory() is None
 
     def test_lists_of_a_mask_go_with_it(self, device: Any) -> None:
         x = make(70, 2, 16)
