@@ -6,7 +6,7 @@ depend on what the keys hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,8 +16,8 @@ from cuflash.device import Device, Kernel
 from cuflash.forward import MAX_PREPARED
 from cuflash.layout import Layout, NativeArray, layout
 from cuflash.plan.launch import Launch
-from cuflash.plan.params import GATHER_ROWS_PARAMS, SORT_TOKENS_PARAMS, VISIBLE_RANGES_PARAMS
-from cuflash.plan.tokens import plan_gather, plan_ranges, plan_sort
+from cuflash.plan.params import MOVE_ROWS_PARAMS, MOVED_ARRAYS, SORT_TOKENS_PARAMS, VISIBLE_RANGES_PARAMS
+from cuflash.plan.tokens import Lists, plan_move, plan_ranges, plan_sort
 
 INT32 = np.dtype(np.int32)
 NOWHERE = 2**31 - 1  # where the range of a dropped query begins and ends
@@ -37,7 +37,7 @@ class _Prepared(NamedTuple):
     kernel: Kernel
     words: np.ndarray
 
-    def launch(self, record: _Record, addresses: dict[str, int]) -> None:
+    def launch(self, record: _Record, addresses: Mapping[str, int | list[int]]) -> None:
         words = self.words.copy()
         for name, address in addresses.items():
             words[record.at[name]] = address
@@ -55,7 +55,7 @@ class _Record(NamedTuple):
         return cls(records.address_words(params), records.as_bytes(params))
 
 
-_SORT, _RANGES, _GATHER = map(_Record.of, (SORT_TOKENS_PARAMS, VISIBLE_RANGES_PARAMS, GATHER_ROWS_PARAMS))
+_SORT, _RANGES, _MOVE = map(_Record.of, (SORT_TOKENS_PARAMS, VISIBLE_RANGES_PARAMS, MOVE_ROWS_PARAMS))
 
 
 def sort(device: Device | None, source: NativeArray) -> Sorted:
@@ -168,12 +168,12 @@ def gather(
             source = source.copy(order="C")
         layouts = layout(source), layout(out)
         prepared = _prepared(device, ("gather", *layouts), lambda: _prepare_gather(*layouts))
-        addresses = {
-            "source": call.read(source, "source"),
-            "target": call.write(out, "target"),
-            "order": call.read(order, "order"),
+        addresses: dict[str, int | list[int]] = {
+            "source": _padded([call.read(source, "source")]),
+            "target": _padded([call.write(out, "target")]),
+            "sources": call.read(order, "order"),
         }
-        prepared.launch(_GATHER, addresses)
+        prepared.launch(_MOVE, addresses)
     return out
 
 
@@ -191,15 +191,87 @@ def empty(device: Device | None, shape: tuple[int, ...], dtype: np.dtype) -> Nat
 
 
 def _prepare_gather(source: Layout, target: Layout) -> tuple[Launch, np.ndarray]:
-    batch, tokens, heads, dim = target.shape
-    access = records.access_bytes(source, target)
-    columns = dim * source.dtype.itemsize // access
-    record = np.zeros((), GATHER_ROWS_PARAMS)
-    for name, array in (("source", source), ("target", target)):
-        strides = zip(array.strides[:3], array.shape, strict=False)
-        record[f"{name}_strides"] = [stride // access if size > 1 else 0 for stride, size in strides]
-    record["num_heads"], record["tokens"], record["columns"] = heads, tokens, columns
-    return plan_gather(access, columns, batch * heads, tokens), record
+    tokens = target.shape[1]
+    source, target = _with_axis(source, 2), _with_axis(target, 1)  # a row is a block, as the order has them
+    return _prepare_move([(source, target)], tokens, Lists(), tokens)
+
+
+class Moved(NamedTuple):
+    """One array of a move: 5 axes (batch, blocks, rows of a block, heads, dim), of which the first may be missing."""
+
+    source: NativeArray
+    target: NativeArray
+    names: tuple[str, str]
+    fresh: bool = False  # every element of the target is written; else it may also be the source
+
+
+def move(device: Device, moved: Sequence[Moved], rows: int, lists: Lists, **entries: NativeArray) -> None:
+    """Rows of `sources` to `targets`, where lists of these names say, in one launch; at most MOVED_ARRAYS arrays.
+
+    Lists are C-contiguous. Without one the rows are the first of their array. Rows from a negative entry are zeros,
+    those to one are left out.
+    """
+    if rows == 0:
+        return
+    layouts = tuple((layout(pair.source), layout(pair.target)) for pair in moved)
+
+    def prepare() -> tuple[Launch, np.ndarray]:
+        return _prepare_move([(_full_rank(source), _full_rank(target)) for source, target in layouts], rows, lists)
+
+    with device.call() as call:
+        sources, targets = [], []
+        for source, target, names, fresh in moved:
+            targets.append(call.write(target, names[1]) if fresh else call.update(target, names[1]))
+            sources.append(targets[-1] if source is target else call.read(source, names[0]))
+        addresses: dict[str, int | list[int]] = {"source": _padded(sources), "target": _padded(targets)}
+        addresses |= {name: call.read(entry, name) for name, entry in entries.items()}
+        _prepared(device, ("move", layouts, rows, lists), prepare).launch(_MOVE, addresses)
+
+
+def _prepare_move(
+    moved: Sequence[tuple[Layout, Layout]], rows: int, lists: Lists, list_pitch: int = 0
+) -> tuple[Launch, np.ndarray]:
+    """Of layouts of 5 axes; one list for all (batch, head), or one for each, list_pitch entries long."""
+    if list_pitch == 0 and all(_heads_contiguous(array) for pair in moved for array in pair):
+        moved = [(_one_row(source), _one_row(target)) for source, target in moved]
+    access = records.access_bytes(*(array for pair in moved for array in pair))
+    record = np.zeros((), MOVE_ROWS_PARAMS)
+    for side, arrays in zip(("source", "target"), zip(*moved, strict=True), strict=True):
+        strides = [
+            stride // access if size > 1 else 0
+            for array in arrays
+            for stride, size in zip(array.strides[:4], array.shape, strict=False)
+        ]
+        record[f"{side}_strides"][: len(strides)] = strides
+    columns = [source.shape[4] * source.dtype.itemsize // access for source, _ in moved]
+    record["columns"][: len(moved)] = columns
+    batch, heads = moved[0][0].shape[0], moved[0][0].shape[3]
+    record["batch"], record["num_heads"], record["num_rows"], record["list_pitch"] = batch, heads, rows, list_pitch
+    return plan_move(access, max(columns), len(moved) * batch * heads, rows, lists), record
+
+
+def _padded(addresses: list[int]) -> list[int]:
+    return addresses + [0] * (MOVED_ARRAYS - len(addresses))
+
+
+def _with_axis(array: Layout, axis: int) -> Layout:
+    """With an axis of one element more."""
+    shape, strides = ((*x[:axis], value, *x[axis:]) for x, value in ((array.shape, 1), (array.strides, 0)))
+    return array._replace(shape=shape, strides=strides)
+
+
+def _full_rank(array: Layout) -> Layout:
+    return array if len(array.shape) == 5 else _with_axis(array, 0)
+
+
+def _heads_contiguous(array: Layout) -> bool:
+    return array.shape[3] == 1 or array.strides[3] == array.shape[4] * array.dtype.itemsize
+
+
+def _one_row(array: Layout) -> Layout:
+    """The heads of a token, which lie side by side, as one."""
+    shape = (*array.shape[:3], 1, array.shape[3] * array.shape[4])
+    return array._replace(shape=shape, strides=(*array.strides[:3], 0, array.dtype.itemsize))
 
 
 def _prepared(device: Device, asked: Hashable, prepare: Callable[[], tuple[Launch, np.ndarray]]) -> _Prepared:

@@ -26,6 +26,9 @@ class Call(Protocol):
     def write(self, array: NativeArray, name: str) -> int:
         """Address of an output that the kernels fill."""
 
+    def update(self, array: NativeArray, name: str) -> int:
+        """Address of an array that the kernels write in part, and may read."""
+
     def workspace(self, shape: tuple[int, ...], dtype: np.dtype, name: str) -> int:
         """Address of a fresh C-contiguous array that ends with the call."""
 

@@ -95,7 +95,7 @@ class _Call:
     def read(self, array: NativeArray, name: str) -> int:
         return int(array.data.ptr)
 
-    write = read
+    write = update = read
 
     def workspace(self, shape: tuple[int, ...], dtype: np.dtype, name: str) -> int:
         array = cupy.empty(shape, dtype)

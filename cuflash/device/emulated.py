@@ -174,12 +174,17 @@ class _Call:
         return self._keep(self._device.to_device(array, name=name))
 
     def write(self, array: np.ndarray, name: str) -> int:
-        copy = self._device.empty_like(array, name=name)
-        self._outputs.append((array, copy))
-        return self._keep(copy)
+        return self._output(array, self._device.empty_like(array, name=name))
+
+    def update(self, array: np.ndarray, name: str) -> int:
+        return self._output(array, self._device.to_device(array, name=name))
 
     def workspace(self, shape: tuple[int, ...], dtype: np.dtype, name: str) -> int:
         return self._keep(self._device.empty(shape, dtype, name=name))
+
+    def _output(self, array: np.ndarray, copy: Any) -> int:
+        self._outputs.append((array, copy))
+        return self._keep(copy)
 
     def _keep(self, array: Any) -> int:
         self._arrays.append(array)

@@ -370,21 +370,27 @@ class VisibleRangesConfig:
 
 
 @dataclass(frozen=True)
-class GatherRowsConfig:
-    """Compile-time constants of the kernel that puts rows of an array into another order."""
+class MoveRowsConfig:
+    """Compile-time constants of the kernel that moves rows: into an order, and into, within and out of blocks."""
 
     access_bytes: int
     lanes: int  # threads that share a row
     rows: int  # of a thread
     num_warps: int
+    index_bytes: int  # of an entry of the lists
+    block_size: int  # rows of a block
+    whole_blocks: bool  # lists name blocks, not rows
 
-    family = "gather_rows"
+    family = "move_rows"
 
     def __post_init__(self) -> None:
         _require(self, "access_bytes", (1, 2, 4, 8, 16))
         _require(self, "lanes", (1, 2, 4, 8, 16, 32))
         _require(self, "rows", (1, 2, 4, 8))
         _require(self, "num_warps", (1, 2, 4, 8))
+        _require(self, "index_bytes", (4, 8))
+        if self.block_size < 1:
+            raise ConfigError(f"MoveRowsConfig.block_size = {self.block_size}: must be >= 1")
 
     @property
     def threads(self) -> int:
@@ -392,10 +398,10 @@ class GatherRowsConfig:
 
     @property
     def entry(self) -> str:
-        return f"cuflash_gather_rows_{self.access_bytes}x{self.lanes}"
+        return f"cuflash_move_rows_{self.access_bytes}x{self.lanes}"
 
     def unit(self) -> str:
-        return _unit(self, "gather_rows", f"__launch_bounds__({self.threads})", "GatherRows")
+        return _unit(self, "move_rows", f"__launch_bounds__({self.threads})", "MoveRows")
 
 
 KernelConfig = (
@@ -406,7 +412,7 @@ KernelConfig = (
     | CombineConfig
     | SortTokensConfig
     | VisibleRangesConfig
-    | GatherRowsConfig
+    | MoveRowsConfig
 )
 
 

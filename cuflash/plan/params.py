@@ -195,16 +195,21 @@ VISIBLE_RANGES_PARAMS = np.dtype(
     align=True,
 )
 
-GATHER_ROWS_PARAMS = np.dtype(
+MOVED_ARRAYS = 2  # keys and values, in one launch
+
+MOVE_ROWS_PARAMS = np.dtype(
     [
-        ("source", np.uint64),  # (batch, any tokens, num_heads, columns)
-        ("target", np.uint64),  # (batch, tokens, num_heads, columns)
-        ("order", np.uint64),  # int32 (batch, num_heads, tokens): rows of source; -1: zeros
-        ("source_strides", np.int64, 3),  # batch, token, head, in accesses
-        ("target_strides", np.int64, 3),
+        ("source", np.uint64, MOVED_ARRAYS),  # each (batch, blocks, rows of a block, num_heads, columns)
+        ("target", np.uint64, MOVED_ARRAYS),
+        ("sources", np.uint64),  # which rows or blocks of the source; negative: zeros; 0: the first ones
+        ("targets", np.uint64),  # which rows or blocks of the target; negative: none; 0: the first ones
+        ("source_strides", np.int64, 4 * MOVED_ARRAYS),  # of each: batch, block, row, head, in accesses
+        ("target_strides", np.int64, 4 * MOVED_ARRAYS),
+        ("list_pitch", np.int64),  # from the list of a (batch, head) to the next one's; 0: one for all
+        ("columns", np.int32, MOVED_ARRAYS),  # accesses of a row
+        ("batch", np.int32),
         ("num_heads", np.int32),
-        ("tokens", np.int32),
-        ("columns", np.int32),  # accesses of a row
+        ("num_rows", np.int32),  # moved of each (batch, head)
     ],
     align=True,
 )

@@ -103,11 +103,15 @@ struct VisibleRangesConfig {
     int num_warps;
 };
 
-struct GatherRowsConfig {
-    int access_bytes;  // widest access that every row of both arrays is aligned to
-    int lanes;         // threads that share a row
-    int rows;          // of a thread
+// Moving rows: into an order, and into, within and out of the blocks of a cache.
+struct MoveRowsConfig {
+    int access_bytes;   // widest access that every row of all arrays is aligned to
+    int lanes;          // threads that share a row
+    int rows;           // of a thread
     int num_warps;
+    int index_bytes;    // of an entry of the lists
+    int block_size;     // rows of a block
+    bool whole_blocks;  // lists name blocks, not rows
 };
 
 }  // namespace cuflash

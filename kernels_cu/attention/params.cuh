@@ -178,15 +178,20 @@ struct VisibleRangesParams {
     int len_k;
 };
 
-struct GatherRowsParams {
-    const void* source;     // (batch, any tokens, num_heads, columns)
-    void* target;           // (batch, tokens, num_heads, columns)
-    const int* order;       // (batch, num_heads, tokens): rows of source; -1: zeros
-    i64 source_strides[3];  // batch, token, head, in accesses
-    i64 target_strides[3];
+constexpr int kMovedArrays = 2;
+
+struct MoveRowsParams {
+    const void* source[kMovedArrays];  // each (batch, blocks, rows of a block, num_heads, columns)
+    void* target[kMovedArrays];
+    const void* sources;  // which rows or blocks of the source; negative: zeros; null: the first ones
+    const void* targets;  // which rows or blocks of the target; negative: none; null: the first ones
+    i64 source_strides[4 * kMovedArrays];  // of each: batch, block, row, head, in accesses
+    i64 target_strides[4 * kMovedArrays];
+    i64 list_pitch;  // from the list of a (batch, head) to the next one's; 0: one for all
+    int columns[kMovedArrays];  // accesses of a row
+    int batch;
     int num_heads;
-    int tokens;
-    int columns;            // accesses of a row
+    int num_rows;  // moved of each (batch, head)
 };
 
 }  // namespace cuflash

@@ -16,8 +16,8 @@ from cuflash.plan.config import (
     BiasGradientConfig,
     CombineConfig,
     ForwardConfig,
-    GatherRowsConfig,
     KernelConfig,
+    MoveRowsConfig,
     SortTokensConfig,
     TileRowsConfig,
     VisibleRangesConfig,
@@ -27,7 +27,7 @@ from cuflash.plan.params import (
     BACKWARD_PARAMS,
     COMBINE_PARAMS,
     FORWARD_PARAMS,
-    GATHER_ROWS_PARAMS,
+    MOVE_ROWS_PARAMS,
     NO_BOUND,
     SORT_TOKENS_PARAMS,
     TILE_LIST_PARAMS,
@@ -42,7 +42,7 @@ RECORDS = {
     "CombineParams": COMBINE_PARAMS,
     "SortTokensParams": SORT_TOKENS_PARAMS,
     "VisibleRangesParams": VISIBLE_RANGES_PARAMS,
-    "GatherRowsParams": GATHER_ROWS_PARAMS,
+    "MoveRowsParams": MOVE_ROWS_PARAMS,
 }
 CONFIGS = (
     ForwardConfig,
@@ -52,7 +52,7 @@ CONFIGS = (
     CombineConfig,
     SortTokensConfig,
     VisibleRangesConfig,
-    GatherRowsConfig,
+    MoveRowsConfig,
 )
 MEMBER = re.compile(r"^\s+(?:const )?(\w+)(?: ?(\*))? ?(\*?)(\w+)(?:\[([\w *]+)\])?;", re.M)
 

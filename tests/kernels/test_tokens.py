@@ -15,8 +15,8 @@ from cuflash.errors import ConfigError
 from cuflash.io_model.tokens import gather_traffic, sort_traffic
 from cuflash.jit import compile_ptx, resources
 from cuflash.layout import Layout
-from cuflash.plan.config import GatherRowsConfig, SortTokensConfig, VisibleRangesConfig
-from cuflash.plan.tokens import GATHER_ROWS, plan_gather, plan_ranges, plan_sort
+from cuflash.plan.config import MoveRowsConfig, SortTokensConfig, VisibleRangesConfig
+from cuflash.plan.tokens import MOVE_ROWS, Lists, plan_move, plan_ranges, plan_sort
 
 HASHES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
 
@@ -208,9 +208,8 @@ def test_gather_from_offsets_past_32_bits() -> None:
     device = Device("sm_80")
     held = device.to_device(spaced, name="source"), device.empty(rows.shape, rows.dtype, name="target")
     order = device.to_device(np.arange(start, start + count, dtype=np.int32), name="order")
-    record["source"], record["target"], record["order"] = (
-        (held[0].pointer - 2 * start * stride) % 2**64, held[1].pointer, order.pointer
-    )  # fmt: skip
+    record["source"][0] = (held[0].pointer - 2 * start * stride) % 2**64
+    record["target"][0], record["sources"] = held[1].pointer, order.pointer
     kernel = device.load(compile_ptx(launch.config, "sm_80")).kernel(launch.config.entry)
     kernel.launch(launch.grid, launch.block, (record,), shared_bytes=0)
     np.testing.assert_array_equal(held[1].to_host(), rows)
@@ -221,7 +220,7 @@ def test_many_rows_of_a_thread() -> None:
     device = EmulatedDevice("sm_80")
     source = np.arange(1000, dtype=np.float64).reshape(1, 1000, 1, 1)
     np.testing.assert_array_equal(tokens.gather(device, source, order), source[:, ::-1])
-    assert device.launches[-1].grid[0] == -(-1000 // (128 * GATHER_ROWS))
+    assert device.launches[-1].grid[0] == -(-1000 // (128 * MOVE_ROWS))
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120"])
@@ -229,7 +228,11 @@ def test_no_kernel_spills(arch: str) -> None:
     launches = [
         *(plan_sort(np.dtype(dtype), 1) for dtype in ("bool", "uint8", "int16", "int32", "int64")),
         *(plan_ranges(size, 1, 100) for size in ELEMENTS),
-        *(plan_gather(access, 16, 1, 100) for access in (1, 2, 4, 8, 16)),
+        *(
+            plan_move(access, 16, 1, 100, lists)
+            for access in (1, 2, 4, 8, 16)
+            for lists in (Lists(), Lists(8, 5), Lists(4, 48, True))
+        ),
     ]
     for launch in launches:
         used = resources(launch.config, arch)
@@ -242,7 +245,11 @@ def test_no_kernel_spills(arch: str) -> None:
         (lambda: SortTokensConfig(3, False, False, 16), "SortTokensConfig.key_bytes = 3: must be one of (1, 2, 4, 8)"),
         (lambda: SortTokensConfig(8, False, True, 16), "SortTokensConfig.key_bytes = 8: must be one of (1,)"),
         (lambda: VisibleRangesConfig(4, 5), "VisibleRangesConfig.num_warps = 5: must be one of (1, 2, 4, 8)"),
-        (lambda: GatherRowsConfig(3, 4, 4, 4), "GatherRowsConfig.access_bytes = 3: must be one of (1, 2, 4, 8, 16)"),
+        (
+            lambda: MoveRowsConfig(3, 4, 4, 4, 4, 1, False),
+            "MoveRowsConfig.access_bytes = 3: must be one of (1, 2, 4, 8, 16)",
+        ),
+        (lambda: MoveRowsConfig(2, 4, 4, 4, 4, 0, True), "MoveRowsConfig.block_size = 0: must be >= 1"),
     ],
 )
 def test_configurations_say_what_they_must_be(make: Any, message: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from cuflash.emulator.faults import OutOfBounds, Race, Uninitialized
 from tests.mutations.mutate import Mutation, WrongResult
 
-SORT, RANGES, GATHER = "kernels/sort_tokens.cu", "kernels/visible_ranges.cu", "kernels/gather_rows.cu"
+SORT, RANGES, MOVE = "kernels/sort_tokens.cu", "kernels/visible_ranges.cu", "kernels/move_rows.cu"
 BARRIER = "__syncthreads();  // "
 
 MUTATIONS = [
@@ -42,12 +42,12 @@ MUTATIONS = [
     Mutation("keys by query head", RANGES, "pair / params.group", "pair", None, (OutOfBounds, WrongResult)),
     Mutation("dropped queries see", RANGES, "if (token < 0) {", "if (false) {", None, WrongResult),
     Mutation("queries past the end", RANGES, "if (position >= len_q) return;", "", None, OutOfBounds),
-    Mutation("rows of dropped tokens", GATHER, "from[i] < 0 ? T{} :", "", None, OutOfBounds),
-    Mutation("rows past the end", GATHER, "if (row < count) target", "target", None, OutOfBounds),
-    Mutation("a column short", GATHER, "column < params.columns;", "column < params.columns - 1;", None,
+    Mutation("rows of dropped tokens", MOVE, "return unit >= 0;", "return true;", None, OutOfBounds),
+    Mutation("rows past the end", MOVE, "row < count &&", "", None, OutOfBounds),
+    Mutation("a column short", MOVE, "column < params.columns[array];", "column < params.columns[array] - 1;", None,
              (Uninitialized, WrongResult)),
-    Mutation("half of the columns", GATHER, "column += C.lanes", "column += 2 * C.lanes", None,
+    Mutation("half of the columns", MOVE, "column += C.lanes", "column += 2 * C.lanes", None,
              (Uninitialized, WrongResult)),
-    Mutation("strides of the source for the target", GATHER, "row * params.target_strides[1]",
-             "row * params.source_strides[1]", None, (OutOfBounds, Uninitialized, WrongResult)),
+    Mutation("strides of the source for the target", MOVE, "to = params.target_strides",
+             "to = params.source_strides", None, (OutOfBounds, Race, Uninitialized, WrongResult)),
 ]  # fmt: skip

@@ -10,13 +10,13 @@ import pytest
 
 import cuflash
 from cuflash import sparse
-from cuflash.plan.params import GATHER_ROWS_PARAMS, SORT_TOKENS_PARAMS, VISIBLE_RANGES_PARAMS
+from cuflash.plan.params import MOVE_ROWS_PARAMS, SORT_TOKENS_PARAMS, VISIBLE_RANGES_PARAMS
 from tests.fake_cupy import FakeCupy, fake_cupy, ndarray
 
 PARAMS = {
     "sort_tokens": SORT_TOKENS_PARAMS,
     "visible_ranges": VISIBLE_RANGES_PARAMS,
-    "gather_rows": GATHER_ROWS_PARAMS,
+    "move_rows": MOVE_ROWS_PARAMS,
 }
 
 
@@ -55,18 +55,19 @@ def test_a_call_reads_nothing_back(cupy: FakeCupy, function: Any, dtype: Any) ->
     assert (out.shape, out.dtype, lse.shape, lse.dtype) == ((2, 200, 8, 32), np.float16, (2, 8, 200), np.float32)
     assert out.strides == np.empty(out.shape, out.dtype).strides
     found = steps(cupy)
-    assert [name for name, _ in found] == ["sort_tokens"] * 2 + ["visible_ranges"] + ["gather_rows"] * 5
+    assert [name for name, _ in found] == ["sort_tokens"] * 2 + ["visible_ranges"] + ["move_rows"] * 5
     sort_q, sort_k, ranges, *gathers = (record for _, record in found)
     assert [sort_q["source"], sort_k["source"]] == [mark_q.data.ptr, mark_k.data.ptr]
     assert [sort_q["tokens"], sort_k["tokens"], sort_k["num_heads"]] == [200, 300, 2]
     assert (sort_q["spare_keys"] == 0) == (dtype == np.bool_)
     assert [ranges["group"], ranges["shift"], ranges["len_q"], ranges["len_k"]] == [4, 101, 200, 300]
     assert [ranges["q_order"], ranges["k_order"]] == [sort_q["order"], sort_k["order"]]
-    assert [record["source"] for record in gathers[:3]] == [x.data.ptr for x in (q, k, v)]
+    assert [record["source"][0] for record in gathers[:3]] == [x.data.ptr for x in (q, k, v)]
     by = [sort_q["order"], sort_k["order"], sort_k["order"], sort_q["inverse"], sort_q["inverse"]]
-    assert [record["order"] for record in gathers] == by
-    assert [record["target"] for record in gathers[3:]] == [out.data.ptr, lse.data.ptr]
-    assert gathers[0]["target_strides"].tolist() == [8 * 200 * 8, 8, 200 * 8]  # accesses of 16 bytes, rows side by side
+    assert [record["sources"] for record in gathers] == by
+    assert [record["target"][0] for record in gathers[3:]] == [out.data.ptr, lse.data.ptr]
+    in_accesses = gathers[0]["target_strides"][:4]  # of 16 bytes; rows side by side
+    assert in_accesses.tolist() == [8 * 200 * 8, 0, 8, 200 * 8]
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.bool_])
@@ -79,8 +80,8 @@ def test_a_pullback_reads_nothing_back(cupy: FakeCupy, dtype: Any) -> None:
     gradients = pullback((dout, dlse))
     assert [(x.shape, x.dtype) for x in gradients] == [(x.shape, x.dtype) for x in arrays[:3]]
     gathers = [record for _, record in steps(cupy)[before:]]
-    assert [record["source"] for record in gathers[:2]] == [dout.data.ptr, dlse.data.ptr]
-    assert [record["target"] for record in gathers[2:]] == [x.data.ptr for x in gradients]
+    assert [record["source"][0] for record in gathers[:2]] == [dout.data.ptr, dlse.data.ptr]
+    assert [record["target"][0] for record in gathers[2:]] == [x.data.ptr for x in gradients]
 
 
 def test_later_calls_prepare_and_load_nothing(cupy: FakeCupy) -> None:
@@ -98,4 +99,4 @@ def test_later_calls_prepare_and_load_nothing(cupy: FakeCupy) -> None:
 def test_out_is_written_in_place(cupy: FakeCupy) -> None:
     out = gpu(2, 200, 8, 40)[..., :32]
     assert sparse.hash_sparse_attention(*arguments(np.int32), out=out) is out
-    assert steps(cupy)[-1][1]["target"] == out.data.ptr
+    assert steps(cupy)[-1][1]["target"][0] == out.data.ptr
