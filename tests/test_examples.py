@@ -291,6 +291,28 @@ def test_long_sequences_refuses(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_generated_text(tmp_path: Path) -> None:
+    """With a cache and without, the same; the example ends with an error where they differ."""
+    result = run_example("07_generate_text.py", tmp_path, "--device", "cpu", "--steps", "3", "--length", "56")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("the same text") == 3
+    in_use = [int(n) for n in re.findall(r"at most (\d+) blocks in use", result.stdout)]
+    reserved = [int(n) for n in re.findall(r"reserved for each it were (\d+)", result.stdout)]
+    assert len(in_use) == len(reserved) == 3
+    assert in_use[0] < reserved[0]
+    assert in_use[1] < reserved[1]
+    assert re.search(r", [1-9]\d* found,", result.stdout)  # prompts that begin alike
+    assert (tmp_path / "blocks.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("option", "message"), [("--length", "must be 48 to 128"), ("--steps", "must be at least 1")])
+def test_generated_text_refuses(tmp_path: Path, option: str, message: str) -> None:
+    result = run_example("07_generate_text.py", tmp_path, option, "0")
+    assert result.returncode == 2
+    assert f"{option} 0: {message}" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_example_is_run_here() -> None:
     assert EXAMPLES == [
         "01_denoise_photo.py",
@@ -299,4 +321,5 @@ def test_every_example_is_run_here() -> None:
         "04_torch_and_jax.py",
         "05_windowed_denoising.py",
         "06_long_sequences.py",
+        "07_generate_text.py",
     ]
