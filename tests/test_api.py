@@ -17,8 +17,8 @@ from cuflash.plan.config import MAX_SPLITS
 from tests.tolerances import assert_attention
 
 KEYWORDS = {
-    "causal": False, "window": None, "bias": None, "scale": None, "softcap": None, "return_lse": False, "out": None,
-    "options": None,
+    "causal": False, "window": None, "mask": None, "bias": None, "scale": None, "softcap": None, "return_lse": False,
+    "out": None, "options": None,
 }
 
 
@@ -40,6 +40,10 @@ class TestSignatures:
                 cuflash.attention_varlen, ["q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"],
                 {"max_seqlen_q": None, "max_seqlen_k": None},
             ),
+            (
+                cuflash.paged_attention, ["q", "k_cache", "v_cache", "block_tables", "seq_lens"],
+                {"cu_seqlens_q": None, "max_seqlen_q": None, "causal": True},
+            ),
         ],
     )
     def test_attention(self, function: Any, arrays: list[str], more: dict[str, None]) -> None:
@@ -47,7 +51,7 @@ class TestSignatures:
         positional = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
         assert positional == arrays
         keywords = {name: p.default for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
-        assert keywords == {**more, **KEYWORDS}
+        assert keywords == {**KEYWORDS, **more}
 
     def test_merge_states(self) -> None:
         assert list(inspect.signature(cuflash.merge_states).parameters) == ["outs", "lses"]
