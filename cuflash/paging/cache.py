@@ -290,8 +290,9 @@ class PagedKVCache:
 
     def _layer(self, layer: int) -> int:
         check_count("layer", layer)
-        if layer >= len(self._caches[0]):
-            raise InvalidValueError(f"layer = {layer}: must be 0 to {len(self._caches[0]) - 1}")
+        num_layers = self._caches[0].shape[0]
+        if layer >= num_layers:
+            raise InvalidValueError(f"layer = {layer}: must be 0 to {num_layers - 1}")
         return int(layer)
 
     def _take_tokens(self, name: str, value: Any, cache: NativeArray) -> NativeArray:

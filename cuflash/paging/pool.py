@@ -152,7 +152,7 @@ class BlockPool:
         self._hashes[block] = None
 
     def _ids(self, blocks: Iterable[int]) -> array[int]:
-        ids = take_integers("blocks", blocks)
+        ids = blocks if isinstance(blocks, array) and blocks.typecode == "i" else take_integers("blocks", blocks)
         if ids and not 0 <= min(ids) <= max(ids) < self.num_blocks:
             wrong = min(ids) if min(ids) < 0 else max(ids)
             raise InvalidValueError(f"block {wrong}: must be 0 to {self.num_blocks - 1}")

@@ -362,7 +362,8 @@ class TestWindow:
         for step, count in enumerate([3, 1, 1, 4, 1, 1, 1, 2, 5, 1, 1, 1]):
             tokens += range(100 * step, 100 * step + count)
             extend(cache, seq_id, tokens)
-            assert cache.usage().in_use <= -(-(window + count) // 4) + 1
+            out_of_sight = max(0, len(tokens) - count - window) // 4
+            assert cache.usage().in_use == -(-len(tokens) // 4) - out_of_sight
             check_books(cache)
         result = attend(device, cache, [seq_id], q, window=(window, 0))
         check_attention(cache, [tokens], q, result, window=(window, 0))
@@ -382,3 +383,28 @@ class TestWindow:
         np.testing.assert_array_equal(cache.k_cache(0)[table(cache, seq_id)[1], :3], k[4:])
         cache.truncate(seq_id, 0)
         assert cache.num_free == 5
+
+    def test_what_falls_out_of_the_window_can_be_taken_at_once(self) -> None:
+        """A pool of two blocks is enough for a window of a block; of a shared block each holder gives up its part."""
+        cache = new_cache(2, window=4)
+        seq_id = started(cache, PROMPT[:8])
+        for length in range(9, 30):
+            extend(cache, seq_id, PROMPT[:length])
+        cache = new_cache(3, window=0)
+        seq_id = started(cache, PROMPT[:8])
+        child = cache.fork(seq_id)
+        with pytest.raises(OutOfBlocksError, match="2 blocks are needed: must be at most 1"):
+            cache.reserve([child], [5])
+        assert cache.reserve([seq_id, child], [9 - 8, 5]).size == 6
+
+    def test_tokens_that_left_the_window_are_not_found(self) -> None:
+        """Committed late: their block is another's."""
+        cache = new_cache(6, window=4)
+        other = started(cache, [50, 51])
+        seq_id, _ = cache.add_sequence()
+        extend(cache, seq_id, PROMPT[:8], commit=False)
+        extend(cache, seq_id, PROMPT[:13], commit=False)
+        cache.commit([seq_id], [PROMPT[:13]])
+        assert table(cache, other) == [0]
+        assert cache.add_sequence(PROMPT[:13])[1] == 0
+        check_books(cache)
