@@ -32,8 +32,8 @@ from rich.progress import track
 
 import cuflash
 from cuflash import io_model, masks
-from cuflash.masks.steps import Lengths, Place
 from cuflash.plan.arch import arch_named
+from cuflash.plan.traffic import all_query_tiles, forward_traffic
 
 PATCH = 5  # side of a patch in pixels
 FEATURES = 10  # patches are compared by their leading principal components, which carry less noise (Tasdizen 2009)
@@ -67,7 +67,7 @@ def order_of(height: int, width: int, radius: int, rows: int, columns: int) -> O
 
     y, x = place(np.arange(-(-height // rows) * rows * across * columns))
     pixels = np.minimum(y, height - 1) * width + np.minimum(x, width - 1)
-    name = "row by row" if columns == width else f"in blocks of {rows} x {columns}"
+    name = "pixels row by row" if columns == width else f"pixels in blocks of {rows} x {columns}"
     return Order(name, pixels, (y < height) & (x < width), masks.where(near))
 
 
@@ -186,24 +186,27 @@ def picture_of(patches: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def print_tiles(orders: list[Order], features: np.ndarray, values: np.ndarray) -> list[int]:
-    """Tiles that the kernel visits and bytes of keys and values that it asks for, by order; returns the tiles."""
-    problem = io_model.problem_of_shapes(features.shape, features.shape, values.shape, dtype=features.dtype.name)
-    config = io_model.plan_contiguous(problem, arch_named("sm_80")).forward.config
-    tile = config.block_m, config.block_n
-    row_bytes = (features.shape[1] + values.shape[1]) * features.itemsize
-    every = -(-len(features) // tile[0]) * -(-len(features) // tile[1])
-    print(f"\n{f'tiles of {tile[0]} queries x {tile[1]} keys':44}{'visited':>10}{'share':>9}{'keys, values':>14}")
-    counts = [every, *(visible_tiles(order, *tile) for order in orders)]
-    for name, count in zip(["all pixels seen", *(f"pixels {order.name}" for order in orders)], counts, strict=True):
-        print(f"{'tiles, ' + name:44}{count:10}{count / every:9.2%}{count * tile[1] * row_bytes / 1e9:11.3f} GB")
+    """Tiles that the kernel visits, and bytes that it asks of memory: of dense attention, and of each order."""
+    print(f"\n{'tiles of queries x keys that are visited':44}{'tiles':>10}{'share':>9}{'traffic':>14}")
+    counts = []
+    for order in [orders[0]._replace(name="all pixels seen", mask=None), *orders]:
+        tiles, traffic = visited(order, features, values)
+        counts.append(tiles)
+        print(f"{'tiles, ' + order.name:44}{tiles:10}{tiles / counts[0]:9.2%}{traffic / 1e9:11.3f} GB")
     return counts[1:]
 
 
-def visible_tiles(order: Order, block_m: int, block_n: int) -> int:
-    """How many tiles of queries by keys have a visible pair."""
+def visited(order: Order, features: np.ndarray, values: np.ndarray) -> tuple[int, int]:
+    """What a kernel of sm_80 visits and, exactly, what it reads and writes."""
     tokens = len(order.pixels)
-    order.mask.program.check(Lengths(1, 1, 1, tokens, tokens))
-    return int((order.mask.program.verdicts(Place(tokens, tokens), block_m, block_n) > 0).sum())
+    q_shape, v_shape = ((tokens, x.shape[1]) for x in (features, values))
+    bias = {"bias_shape": (tokens,), "bias_dtype": "float32"}
+    dtype = features.dtype.name
+    problem = io_model.problem_of_shapes(q_shape, q_shape, v_shape, dtype=dtype, mask=order.mask, **bias)
+    plan = io_model.plan_contiguous(problem, arch_named("sm_80"))
+    tiles = sum(tile.key_tiles for tile, _ in all_query_tiles(problem, plan.forward.config))
+    launches = forward_traffic(problem, plan, return_lse=True)
+    return tiles, sum(sum(launch.read.values()) + sum(launch.written.values()) for launch in launches)
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
@@ -252,7 +255,7 @@ def write_picture(path: str, clean: np.ndarray, noisy: np.ndarray, denoised: np.
     for panel, block in zip(axes[3:], ((1, PLOTTED), (8, 16)), strict=True):
         order = order_of(PLOTTED, PLOTTED, radius, *block)
         order.mask.plot(PLOTTED**2, ax=panel).get_legend().remove()
-        panel.set_title(f"tiles of {PLOTTED} x {PLOTTED} pixels {order.name}")
+        panel.set_title(f"tiles of {PLOTTED} x {PLOTTED} {order.name}")
     figure.savefig(path, dpi=90)
 
 
