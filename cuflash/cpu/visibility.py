@@ -166,13 +166,15 @@ Sight = Window | Masked
 def sight_of(problem: Problem, place: Place, kv_head: int, rows: int, tile: int) -> Sight:
     """What the heads of a key/value head see of the sequence at `place`, in groups of `rows` and tiles of `tile` keys.
 
-    A mask's is kept with the mask: later calls, and heads and batch entries that see the same, share its verdicts.
+    A mask's is kept with the mask: later calls, and heads and sequences that see the same, share its verdicts.
     """
     mask = problem.mask
     if mask is None:
         return Window(problem, place.len_q, place.len_k, rows, tile)
     if not mask.by_batch:
         place = place._replace(batch=0)
+    if not any(step.value in ("q_token", "k_token") for step in mask.steps if step.operation == "variable"):
+        place = place._replace(q_start=0, k_start=0)
     heads = range(kv_head * problem.group, (kv_head + 1) * problem.group) if mask.by_head else range(1)
     places = tuple(place._replace(head=head, kv_head=head // problem.group) for head in heads)
     kept: dict[Hashable, Any] = mask.kept.setdefault("cpu", {})

@@ -175,6 +175,9 @@ def test_verdicts_are_kept_with_the_mask() -> None:
         assert verdicts.call_count == 1
         call(CPU, case.of_lengths(100, 203), make(case.of_lengths(100, 203)))
         assert verdicts.call_count == 2
+        packed = case.but(sequences=((90, 150), (33, 40), (90, 150)), batch=1)
+        call(CPU, packed, make(packed))
+        assert verdicts.call_count == 4
 
 
 def test_what_is_kept_is_bounded() -> None:
