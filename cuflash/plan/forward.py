@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -29,6 +29,9 @@ FEW_ROWS = 16  # up to as many queries a sequence, as in decoding, take tiles of
 LONG = 4096  # keys, and
 BUSY_BLOCKS = 64  # blocks a multiprocessor, for which configurations are ranked
 MIN_SPLIT_KEYS = 256  # a split of fewer is all overhead
+DECODE_TILES = ((16, 1), (32, 2), (64, 4))  # rows and warps, for few queries over a cache
+DECODE_WARPS = 6  # of a multiprocessor, which issue what it takes to use the keys and values as fast as they come
+MIN_DECODE_SPLIT_KEYS = 128
 COMBINE_WARPS = 4
 
 
@@ -91,18 +94,48 @@ def plan_forward(
         _validate(config, required, options.num_splits, arch)
         splits = options.num_splits or (_num_splits(problem, config, arch, sms) if config.split else 1)
         return _plan(problem, config, splits)
-    few_rows = problem.seqlen_q * (problem.group if grouped else 1) <= FEW_ROWS
-    config = _best_config(tuple(required.items()), arch, few_rows, split=False)
+    rows = problem.seqlen_q * (problem.group if grouped else 1)
+    fields = tuple(required.items())
+
+    def best(split: bool) -> ForwardConfig:
+        if _is_decode(problem):
+            return _decode_config(fields, arch, next((tile for tile in DECODE_TILES if rows <= tile[0]), None), split)
+        return _best_config(fields, arch, rows <= FEW_ROWS, split)
+
+    config = best(split=False)
     splits = options.num_splits or _num_splits(problem, config, arch, sms)
-    if splits > 1:
-        config = _best_config(tuple(required.items()), arch, few_rows, split=True)
-    return _plan(problem, config, splits)
+    return _plan(problem, best(split=True) if splits > 1 else config, splits)
+
+
+def _is_decode(problem: Problem) -> bool:
+    """Whether every key and value is used by few queries, once: by no more work than it takes to read them."""
+    return problem.block_size is not None and problem.seqlen_q <= FEW_ROWS
+
+
+@cache
+def _decode_config(
+    required: tuple[tuple[str, object], ...], arch: Arch, row_tile: tuple[int, int] | None, split: bool
+) -> ForwardConfig:
+    """What keeps most bytes under way with warps enough to use them: docs/kernel-decode.md. No length enters.
+
+    `row_tile`: rows and warps that hold all rows of a sequence; None if there are too many for one tile.
+    """
+
+    def merit(config: ForwardConfig) -> tuple[float, ...]:
+        warps = blocks_per_sm(config, arch) * config.num_warps
+        return min(warps, DECODE_WARPS), config.num_stages, config.block_n, -clocks_per_query(config, arch, True)
+
+    configs = []
+    if row_tile is not None:
+        configs = [config for config in _candidates(dict(required), [row_tile], split) if _fits(config, arch)]
+    return max(configs, key=merit) if configs else _best_config(required, arch, False, split)
 
 
 @cache
 def _best_config(required: tuple[tuple[str, object], ...], arch: Arch, few_rows: bool, split: bool) -> ForwardConfig:
     """The configuration that is cheapest for long sequences. No length enters, so that none asks for a compilation."""
-    configs = [config for config in _candidates(dict(required), few_rows, split) if _fits(config, arch)]
+    row_tiles = _row_tiles(dict(required), few_rows)
+    configs = [config for config in _candidates(dict(required), row_tiles, split) if _fits(config, arch)]
     return min(configs, key=lambda config: clocks_per_query(config, arch, few_rows))
 
 
@@ -116,7 +149,8 @@ def clocks_per_query(config: ForwardConfig, arch: Arch, few_rows: bool) -> float
 def ranked_configs(problem: Problem, arch: Arch, *, load_bytes: int, store_bytes: int) -> list[ForwardConfig]:
     """Every tiling whose tiles fit the shared memory, whether or not its registers do, in the cost model's order."""
     few_rows = problem.seqlen_q <= FEW_ROWS
-    configs = _candidates(required_fields(problem, load_bytes, store_bytes), few_rows, split=False)
+    required = required_fields(problem, load_bytes, store_bytes)
+    configs = _candidates(required, _row_tiles(required, few_rows), split=False)
     fitting = [config for config in configs if shared_bytes(config) <= arch.shared_per_block]
     return sorted(fitting, key=lambda config: clocks_per_query(config, arch, few_rows))
 
@@ -165,14 +199,18 @@ def _blocks(problem: Problem, config: ForwardConfig) -> int:
 
 
 def _num_splits(problem: Problem, config: ForwardConfig, arch: Arch, sms: int) -> int:
-    """1 if the query tiles fill the device or see few keys; else the fewest splits that nearly fill it."""
-    blocks = _blocks(problem, config)
+    """1 if the query tiles fill the device or see few keys; else the fewest splits that nearly fill it.
+
+    Decoding fills it with as many blocks as it holds, others with one a multiprocessor.
+    """
+    blocks, decode = _blocks(problem, config), _is_decode(problem)
     visible = _most_visible_keys(problem, config.block_m)
-    if blocks >= 0.8 * sms or visible <= 4 * config.block_n:
-        return 1
     slots = sms * blocks_per_sm(config, arch)
+    if blocks >= 0.8 * (slots if decode else sms) or visible <= 4 * config.block_n:
+        return 1
     efficiency = {}
-    for splits in range(1, min(MAX_SPLITS, -(-visible // MIN_SPLIT_KEYS)) + 1):
+    least = MIN_DECODE_SPLIT_KEYS if decode else MIN_SPLIT_KEYS
+    for splits in range(1, min(MAX_SPLITS, -(-visible // least)) + 1):
         efficiency[splits] = blocks * splits / slots / -(-blocks * splits // slots)
     best = max(efficiency.values())
     return next(splits for splits, value in efficiency.items() if value >= 0.85 * best)
@@ -205,8 +243,16 @@ def required_fields(
     }
 
 
-def _candidates(required: dict[str, object], few_rows: bool, split: bool) -> Iterator[ForwardConfig]:
-    """Every tiling worth a look for few or many query rows."""
+def _row_tiles(required: dict[str, object], few_rows: bool) -> list[tuple[int, int]]:
+    """Rows and warps of the tilings for few or many query rows."""
+    wide = ELEMENT_BYTES[str(required["dtype"])] > 2
+    return [(16, 1)] if few_rows else [(128, 4), (128, 8), (64, 4), (32, 2), *[(16, 1)] * wide]
+
+
+def _candidates(
+    required: dict[str, object], row_tiles: Sequence[tuple[int, int]], split: bool
+) -> Iterator[ForwardConfig]:
+    """Every tiling worth a look with these rows and warps."""
     dtype: str = required["dtype"]  # type: ignore[assignment]
     head_dim_v: int = required["head_dim_v"]  # type: ignore[assignment]
     if split:
@@ -214,11 +260,10 @@ def _candidates(required: dict[str, object], few_rows: bool, split: bool) -> Ite
     chunks = -(-head_dim_v // MAX_BLOCK_DV.get(dtype, 256))
     block_dv = round_up(-(-head_dim_v // chunks), 16)
     wide = ELEMENT_BYTES[dtype] > 2
-    row_tiles = [(16, 1)] if few_rows else [(128, 4), (128, 8), (64, 4), (32, 2), *[(16, 1)] * wide]
     key_tiles = [32, 16] if dtype in ("float32", "float64") else [128, 96, 64, 48, 32, 16]
     if dtype == "tf32":
         key_tiles.remove(128)
-    if few_rows and not wide:
+    if len(row_tiles) == 1 and not wide:
         key_tiles.remove(16)
     for block_m, num_warps in row_tiles:
         for block_n in key_tiles:
