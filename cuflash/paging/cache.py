@@ -15,7 +15,7 @@ from cuflash.errors import InvalidDtypeError, InvalidShapeError, InvalidTypeErro
 from cuflash.layout import NativeArray
 from cuflash.paging import moves, report
 from cuflash.paging.checks import check_count, take_counts, take_integers
-from cuflash.paging.ledger import Ledger, Pairs
+from cuflash.paging.ledger import Ledger
 from cuflash.paging.pool import BlockPool
 
 
@@ -175,11 +175,9 @@ class PagedKVCache:
         """
         sequences = self._ledger.present(seq_ids, once=True)
         numbers = take_counts("counts", counts, len(sequences))
-        slots, copies = self._ledger.reserve(sequences, numbers)
-        if copies:
-            moves.copy_blocks(self._caches, copies)
+        slots, copied = self._ledger.reserve(sequences, numbers, lambda pairs: moves.copy_blocks(self._caches, pairs))
         self._stats["reserved_tokens"] += len(slots)
-        self._stats["copied_blocks"] += len(copies)
+        self._stats["copied_blocks"] += copied
         return self._give(np.array(slots, np.int64))
 
     def append(self, layer: int, k: Any, v: Any, slots: Any) -> None:
@@ -242,10 +240,10 @@ class PagedKVCache:
         self._swap(seq_ids, self._host, self._caches, "swapped_in_blocks")
 
     def _swap(self, seq_ids: Sequence[int], sources: list[Any], targets: list[Any], counter: str) -> None:
-        pairs: Pairs = self._ledger.swap(seq_ids, to_host=targets is self._host)
-        if pairs:
-            moves.move_blocks(sources, targets, pairs)
-        self._stats[counter] += len(pairs)
+        to_host = targets is self._host
+        self._stats[counter] += self._ledger.swap(
+            seq_ids, to_host, lambda pairs: moves.move_blocks(sources, targets, pairs)
+        )
 
     def k_cache(self, layer: int) -> Any:
         """Keys of a layer (num_blocks, block_size, num_kv_heads, head_dim) for `paged_attention`; no copy."""

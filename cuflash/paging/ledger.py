@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from cuflash.errors import InvalidTypeError, InvalidValueError, OutOfBlocksError
 from cuflash.paging.hashes import block_hash, root_hash
 from cuflash.paging.pool import BlockPool
 
-Pairs = list[tuple[int, int]]  # (from, to) blocks
+Move = Callable[[list[tuple[int, int]]], None]  # takes (from, to) blocks
 
 
 class Held:
@@ -103,8 +103,8 @@ class Ledger:
         self._next_id += 1
         return seq_id
 
-    def reserve(self, sequences: Sequence[Held], counts: Sequence[int]) -> tuple[list[int], Pairs]:
-        """Slots for more tokens of each sequence, and the blocks to copy before anything is written there."""
+    def reserve(self, sequences: Sequence[Held], counts: Sequence[int], copy: Move) -> tuple[list[int], int]:
+        """Slots for more tokens of each sequence, and how many blocks were copied so that they can be written."""
         writers: dict[int, int] = {}
         steps = [self._step(s, n, writers) for s, n in zip(sequences, counts, strict=True) if n]
         released = [] if self.window is None else [block for step in steps for block in step.released]
@@ -114,14 +114,17 @@ class Ledger:
             raise OutOfBlocksError(f"{needed} blocks are needed: must be at most {free}, the free ones")
         if released:
             self._release(steps, released)
-        fresh = iter(self.pool.allocate(needed))
+        fresh = self.pool.allocate(needed)
+        shared = [step.sequence.blocks[-1] for step in steps if step.copied]
+        copies = fresh[: len(shared)]
+        _move(self.pool, copy, shared, copies, fresh)
         slots: list[int] = []
-        copies: Pairs = []
+        own, more = iter(copies), iter(fresh[len(shared) :])
         for step in steps:
-            self._extend(step, fresh, slots, copies)
-        if copies:
-            self.pool.decref([source for source, _ in copies])
-        return slots, copies
+            self._extend(step, own, more, slots)
+        if shared:
+            self.pool.decref(shared)
+        return slots, len(shared)
 
     def _step(self, sequence: Held, count: int, writers: dict[int, int]) -> _Step:
         """`writers` are those of the batch so far, by block: when all holders of one write, the last need not copy."""
@@ -153,16 +156,14 @@ class Ledger:
                 sequence.blocks[i] = 0
             sequence.released = first
 
-    def _extend(self, step: _Step, fresh: Iterator[int], slots: list[int], copies: Pairs) -> None:
+    def _extend(self, step: _Step, own: Iterator[int], more: Iterator[int], slots: list[int]) -> None:
         size, sequence, count = self.block_size, step.sequence, step.tokens
         blocks, begin = sequence.blocks, sequence.length
         if step.copied:
-            copy = next(fresh)
-            copies.append((blocks[-1], copy))
-            blocks[-1] = copy
+            blocks[-1] = next(own)
         elif step.written:
             self.pool.forget(blocks[-1])  # a sequence that was truncated writes something else there
-        blocks.extend(islice(fresh, step.new))
+        blocks.extend(islice(more, step.new))
         sequence.length = end = begin + count
         if count == 1:
             slots.append(blocks[-1] * size + begin % size)
@@ -222,8 +223,8 @@ class Ledger:
         pool.decref(sequence.held[::-1])  # so that the end of a prefix is forgotten before its beginning
         del self.sequences[seq_id]
 
-    def swap(self, seq_ids: Iterable[int], to_host: bool) -> Pairs:
-        """Move sequences between the pools, all or none; blocks that several of them hold go once."""
+    def swap(self, seq_ids: Iterable[int], to_host: bool, move: Move) -> int:
+        """Move sequences between the pools, all or none, and how many blocks; those that several hold go once."""
         group = self.take(seq_ids)
         _check_once(group)
         for sequence in group:
@@ -234,17 +235,19 @@ class Ledger:
         if len(moved) > target.num_free:
             place = "host blocks" if to_host else "blocks"
             raise OutOfBlocksError(f"{len(moved)} {place} are needed: must be at most {target.num_free}, the free ones")
-        new = dict(zip(moved, target.allocate(len(moved)), strict=True))
+        fresh = target.allocate(len(moved))
+        _move(target, move, list(moved), fresh, fresh)
+        new = dict(zip(moved, fresh, strict=True))
         for sequence in group:
             held = sequence.held
             sequence.blocks[sequence.released :] = array("i", [new[block] for block in held])
             target.incref(sequence.held)
             source.decref(held[::-1])
             sequence.on_host = to_host
-        target.decref(new.values())  # the allocation's own
+        target.decref(fresh)  # the allocation's own
         if not to_host:
             self._find_again(group)
-        return list(new.items())
+        return len(fresh)
 
     def _find_again(self, group: Sequence[Held]) -> None:
         for sequence in group:
@@ -255,3 +258,14 @@ class Ledger:
 def _check_once(sequences: Sequence[Held]) -> None:
     if len(set(map(id, sequences))) < len(sequences):
         raise InvalidValueError(f"seq_ids = {[s.seq_id for s in sequences]}: must name each sequence once")
+
+
+def _move(pool: BlockPool, move: Move, begin: list[int], end: list[int], fresh: list[int]) -> None:
+    """Move blocks, all at once; if that fails, nobody has the fresh ones."""
+    if not begin:
+        return
+    try:
+        move(list(zip(begin, end, strict=True)))
+    except BaseException:
+        pool.decref(fresh[::-1])
+        raise

@@ -20,6 +20,7 @@ from cuflash import (
     PagedKVCache,
     UnknownSequenceError,
 )
+from cuflash.paging import moves
 from tests.fake_cupy import ndarray as on_gpu
 from tests.paging.cases import new_cache, started
 from tests.paging.state import check_books, snapshot
@@ -142,6 +143,19 @@ def test_an_error_changes_nothing(
         call(cache)
     assert snapshot(cache) == before
     check_books(cache)
+
+
+def test_a_device_that_fails_changes_nothing(cache: PagedKVCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise DeviceError("no compiler")
+
+    monkeypatch.setattr(moves, "copy_blocks", fail)
+    monkeypatch.setattr(moves, "move_blocks", fail)
+    before = snapshot(cache)
+    for function, ids in ((cache.reserve, [FIRST, OTHER]), (cache.swap_out, [OTHER]), (cache.swap_in, [HOST])):
+        with pytest.raises(DeviceError, match="no compiler"):
+            function(ids)
+        assert snapshot(cache) == before
 
 
 def test_errors_are_what_a_caller_expects() -> None:

@@ -408,3 +408,18 @@ class TestWindow:
         assert table(cache, other) == [0]
         assert cache.add_sequence(PROMPT[:13])[1] == 0
         check_books(cache)
+
+    def test_the_window_survives_a_swap(self) -> None:
+        """What has left it is not found when the rest comes back, in whichever blocks."""
+        cache = new_cache(5, window=4, host_blocks=4)
+        other = started(cache, [50, 51])
+        seq_id = started(cache, PROMPT[:8])
+        extend(cache, seq_id, PROMPT[:13])
+        cache.swap_out([seq_id])
+        cache.free(started(cache, list(range(60, 76))))  # takes every other block
+        cache.swap_in([seq_id])
+        check_books(cache)
+        assert (table(cache, other), cache.add_sequence(PROMPT[:13])[1]) == ([0], 0)
+        k, _ = contents(PROMPT[:13], 1)
+        held = table(cache, seq_id)
+        np.testing.assert_array_equal(cache.k_cache(1)[held[1:3]].reshape(8, 2, 16), k[4:12])
