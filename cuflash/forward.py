@@ -91,6 +91,8 @@ def run(
         check.check_options(options, on_kernels=device is not None)
     layouts = tuple(None if array is None else layout(array) for array in operands[:5])
     known = _prepared_for_cpu if device is None else device.prepared
+    if device is None:
+        asked = asked._replace(mask=None)  # nothing of it is prepared: it goes when its owner lets it go
     key = (layouts, asked, packing, options)
     prepared = known.get(key)
     if prepared is None:
@@ -235,9 +237,11 @@ def _run_on_cpu(prepared: Prepared, operands: Operands, return_lse: bool) -> tup
     problem = prepared.problem
     operands = _with_copies(prepared, operands)
     q, k, v, bias, out, cu_seqlens_q, cu_seqlens_k, block_tables, _, mask = operands
-    if mask is not None:
+    if mask is not None:  # raises before anything is written
+        problem = replace(problem, mask=mask)
+        mask.check(problem.lengths)
         for i in range(len(mask.tables)):
-            mask.host_table(i)  # raises before anything is written
+            mask.host_table(i)
     if out is None:
         out = np.empty(prepared.out_shape, prepared.out_dtype)
     lse = np.empty(prepared.lse_shape, prepared.lse_dtype) if return_lse else None
@@ -247,7 +251,7 @@ def _run_on_cpu(prepared: Prepared, operands: Operands, return_lse: bool) -> tup
         _run_paged_on_cpu(problem, operands, out, lse)
     else:
         forward(
-            problem if mask is None else replace(problem, mask=mask),
+            problem,
             normal(q, problem.varlen),
             normal(k, problem.varlen),
             normal(v, problem.varlen),

@@ -7,6 +7,7 @@ Only parts are computed, and only where something is hidden are they masked.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Hashable, Iterator
 from threading import Lock
 from typing import Any, NamedTuple
@@ -91,7 +92,8 @@ class Masked:
 
     def __init__(self, program: Program, places: tuple[Place, ...], rows: int, tile: int) -> None:
         self.rows, self.tile = rows, tile
-        self._program, self._places = program, places
+        self._program: Program = weakref.proxy(program)  # which keeps this: no ring, all goes when the mask goes
+        self._places = places
         len_q, len_k = places[0][:2]
         self._room = HIDDEN_BYTES * len(places) * (len_q + len_k)
         self.nbytes = len(places) * -(-len_q // rows) * -(-len_k // tile)

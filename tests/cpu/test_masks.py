@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -196,6 +198,21 @@ def test_what_is_kept_is_bounded() -> None:
             sizes.append(sum(sight.nbytes for sight in kept))
     assert max(sizes) < 10**5 + 2 * 16 * (190 + 203)  # what is made last grows once it is there
     assert sum(after < before for before, after in itertools.pairwise(sizes)) > 1
+
+
+def test_nothing_is_kept_longer_than_the_mask() -> None:
+    inputs = make(CASE)
+    gc.disable()
+    try:
+        mask = masks.Documents(np.arange(197) // 50, np.arange(203) // 50) & STRIPES
+        _, pullback = cuflash.vjp(cuflash.attention, *inputs[:3], mask=mask)
+        pullback(np.ones((1, 197, 2, 16), np.float32))
+        program = weakref.ref(mask.program)
+        assert program().kept["cpu"]
+        del mask, pullback
+        assert program() is None
+    finally:
+        gc.enable()
 
 
 @by_dtype
