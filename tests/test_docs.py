@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("kernels_cu/*.md")])
 SUFFIXES = "py|md|cu|cuh|toml|cfg|svg|png|jpg|json"
 # A bare name may be that of a file in any folder of the tree, or of one that a run makes.
-MADE_BY_A_RUN = {"denoised.png", "regression.png", "forward.json", "forward.png", "summary.json", "build/benchmarks"}
+BENCHMARKED = {f"{name}.{suffix}" for name in ("forward", "sparse") for suffix in ("json", "png")}
+MADE_BY_A_RUN = {"denoised.png", "regression.png", "summary.json", "build/benchmarks", *BENCHMARKED}
 FOLDERS = ("cuflash", "kernels_cu", "tests", "docs", "benchmarks", "examples")
 KNOWN_NAMES = MADE_BY_A_RUN | {path.name for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")}
 
