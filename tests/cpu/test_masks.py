@@ -9,6 +9,7 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -260,6 +261,17 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype: str, changes: dic
     for result in results[1:]:
         for got, want in zip(result, results[0], strict=True):
             np.testing.assert_array_equal(got, want)
+
+
+def test_calls_at_the_same_time_share_a_mask() -> None:
+    case = CASE.but(mask=masks.where(lambda batch, head, q, k: (q + 3 * k + 5 * head) // 8 % 3 == 0), num_heads=4)
+    inputs = make(case)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: call(CPU, case, inputs), range(12)))
+    hold_to_oracle(case, inputs, *results[0])
+    for out, lse in results[1:]:
+        np.testing.assert_array_equal(out, results[0][0])
+        np.testing.assert_array_equal(lse, results[0][1])
 
 
 @pytest.mark.parametrize(
