@@ -105,7 +105,10 @@ struct TileAt {
         const Interval spans[kAxes] = {indices...};
         i64 count = 1;
 #pragma unroll
-        for (int axis = 0; axis < kAxes; ++axis) count *= spans[axis].high - spans[axis].low + 1;
+        for (int axis = 0; axis < kAxes; ++axis) {
+            if (sub_cut(spans[axis].high, spans[axis].low) >= kMostLookups) return anything<T>();
+            count *= spans[axis].high - spans[axis].low + 1;
+        }
         if (count > kMostLookups) return anything<T>();
         auto elements = one_of<I, T>(spans, 0);
         for (int i = 1; i < count; ++i) elements = hull(elements, one_of<I, T>(spans, i));
