@@ -5,6 +5,7 @@ Forward, each algorithm as a `Cost`:
 - `standard`: three array operations that keep the scores S and the weights P in memory, Θ(N·d + N²) bytes.
 - `chunked`: Rabe & Staats 2021, the same operations on chunks: O(√N) memory, but still Θ(N²) bytes.
 - `flash_forward`: the kernels of this package, Θ(N²·d²/M) bytes for an on-chip memory of M (Dao et al. 2022).
+- `paged_forward`: the same over the blocks of a cache, a token's key and value once for all query heads of a group.
 
 Backward, from cotangents to gradients:
 
@@ -30,6 +31,7 @@ from cuflash.io_model.backward import (
 )
 from cuflash.io_model.cost import Cost, Roofline
 from cuflash.io_model.forward import chunked, compulsory_bytes, costs, flash_forward, standard, useful_flops
+from cuflash.io_model.paged import paged_forward
 from cuflash.io_model.shapes import plan_backward_contiguous, plan_contiguous, problem_of_shapes
 from cuflash.masks import Mask
 from cuflash.options import Options
@@ -46,6 +48,7 @@ __all__ = [
     "costs",
     "flash_backward",
     "flash_forward",
+    "paged_forward",
     "plan_backward_contiguous",
     "plan_contiguous",
     "problem_of_shapes",

@@ -33,12 +33,13 @@ def problem_of_shapes(
     """The problem that contiguous arrays of these shapes pose; parameters and errors as `compare`."""
     k_shape = q_shape if k_shape is None else k_shape
     v_shape = k_shape if v_shape is None else v_shape
-    bias = None if bias_shape is None else _layout("bias", bias_shape, bias_dtype or dtype)
-    q, k, v = (_layout(n, shape, dtype) for n, shape in (("q", q_shape), ("k", k_shape), ("v", v_shape)))
+    bias = None if bias_shape is None else layout_of_shape("bias", bias_shape, bias_dtype or dtype)
+    q, k, v = (layout_of_shape(n, shape, dtype) for n, shape in (("q", q_shape), ("k", k_shape), ("v", v_shape)))
     return check.problem(q, k, v, bias, check.scores(causal, window, None, softcap, mask), None)
 
 
-def _layout(name: str, shape: Sequence[int], dtype: str) -> Layout:
+def layout_of_shape(name: str, shape: Sequence[int], dtype: str) -> Layout:
+    """That of a C-contiguous array; raises what a wrong shape or dtype raises."""
     known = {text: kind for kind, text in check.DTYPE_NAMES.items()}
     if dtype not in known:
         raise InvalidDtypeError(f"{name}.dtype = {dtype!r}: must be one of {', '.join(known)}")
