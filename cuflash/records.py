@@ -178,6 +178,8 @@ def tile_list_record(problem: Problem, plan: TileListPlan) -> np.ndarray:
     record["q_tiles"], record["k_tiles"] = plan.tiles
     record["turn_pitch"] = plan.turn_shape[-1] if plan.turn_shape else 0
     _set_mask(record, problem, plan)
+    for i, table in enumerate(() if problem.mask is None else problem.mask.tables):
+        record["mask_lengths"][4 * i : 4 * i + table.array.ndim] = table.array.shape
     return record
 
 

@@ -147,6 +147,7 @@ TILE_LIST_PARAMS = np.dtype(
         ("cu_seqlens_k", np.uint64),
         ("seq_lens", np.uint64),  # int32 (batch), paged only
         ("mask_strides", np.int64, 4 * MAX_TABLES),
+        ("mask_lengths", np.int64, 4 * MAX_TABLES),  # of the axes of each table
         ("mask_wholes", np.int64, MAX_WHOLES),
         ("mask_reals", np.float64, MAX_REALS),
         ("batch", np.int32),

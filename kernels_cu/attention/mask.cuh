@@ -98,7 +98,7 @@ struct TileAt {
     }
 
     // Bounded by the elements that the indices may ask for, where those are few: the documents of a tile's queries, blocks
-    // that are smaller than a tile.
+    // that are smaller than a tile. Indices that hang on lookups of which too little is known may leave the table.
     template <int I, class T, class... Indices>
     __device__ __forceinline__ auto table(Indices... indices) const {
         constexpr int kAxes = sizeof...(Indices);
@@ -106,8 +106,9 @@ struct TileAt {
         i64 count = 1;
 #pragma unroll
         for (int axis = 0; axis < kAxes; ++axis) {
-            if (sub_cut(spans[axis].high, spans[axis].low) >= kMostLookups) return anything<T>();
-            count *= spans[axis].high - spans[axis].low + 1;
+            const Interval span = spans[axis];
+            if (span.low < 0 || span.high >= params.mask_lengths[4 * I + axis]) return anything<T>();
+            count *= span.high - span.low + 1;
         }
         if (count > kMostLookups) return anything<T>();
         auto elements = one_of<I, T>(spans, 0);

@@ -123,6 +123,7 @@ struct TileListParams {
     const int* cu_seqlens_k;
     const int* seq_lens;  // (batch), paged only
     i64 mask_strides[4 * kMaxTables];
+    i64 mask_lengths[4 * kMaxTables];  // of the axes of each table
     i64 mask_wholes[kMaxWholes];
     double mask_reals[kMaxReals];
     int batch;
