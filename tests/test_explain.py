@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from cuflash import cli, io_model
+from cuflash import cli, io_model, masks
 from cuflash.plan.gpus import gpu_named
 
 
@@ -81,6 +81,19 @@ def test_the_backward_pass(explain):
     assert re.search(r"least time.*" + r".*".join(map(re.escape, times)), out)
 
 
+def test_a_mask(explain):
+    """Its density, the kernels that list tiles, and the costs of what it leaves."""
+    status, out, err = explain("--shape", "1,4096,8,64", "--mask", "butterfly=128", "--gpu", "a100")
+    assert (status, err) == (0, "")
+    for word in ("Butterfly(128) of density 0.1875", "cuflash_tile_rows_", "cuflash_forward_d64_64"):
+        assert word in out, word
+    costs = io_model.compare((1, 4096, 8, 64), mask=masks.Butterfly(128))
+    assert f"{costs['standard'].bytes / costs['flash'].bytes:,.2f} times the bytes of flash" in out
+    _, out, _ = explain("--shape", "1,4096,8,64", "--mask", "window=256,0", "--gpu", "a100", "--backward")
+    for word in ("SlidingWindow(256, 0) of density 0.06", "cuflash_tile_rows_", "cuflash_tile_columns_"):
+        assert word in out, word
+
+
 def test_every_precision(explain):
     """The products of all algorithms are of the kind that is asked for, and of the rate that the GPU has for it."""
     gpu = gpu_named("A100")
@@ -107,6 +120,8 @@ def test_every_precision(explain):
         ["--shape", "1,1,2,512", "--kv-shape", "1,5000,1,512", "--gpu", "RTX 4090"],
         ["--shape", "1,100,2,200", "--backward", "--causal", "--softcap", "20", "--lse", "--dtype", "float64"],
         ["--shape", "3,2,64", "--backward"],
+        ["--shape", "1,300,4,64", "--mask", "causal"],
+        ["--shape", "1,300,4,64", "--mask", "dilated=3", "--causal", "--backward", "--bias-shape", "300"],
     ],
 )
 def test_every_kind_of_problem_is_explained(explain, arguments):
@@ -135,6 +150,10 @@ def test_every_kind_of_problem_is_explained(explain, arguments):
         (["--shape", "8,64", "--softcap", "0"], "softcap = 0.0: must be finite and > 0"),
         (["--shape", "8,64", "--bias-shape", "3,8"], "bias.shape = (3, 8): must broadcast to"),
         (["--shape", "8,64", "--num-splits", "0"], "options.num_splits = 0: must be 1 to 128"),
+        (["--shape", "8,64", "--mask", "checkers"], "--mask = 'checkers': must be one of causal, window, prefix"),
+        (["--shape", "8,64", "--mask", "butterfly"], "--mask = 'butterfly': must have the numbers of Butterfly"),
+        (["--shape", "8,64", "--mask", "butterfly=a"], "--mask = 'butterfly=a': must have whole numbers"),
+        (["--shape", "8,64", "--mask", "butterfly=3"], "block_size = 3: must be >= 16"),
         (["--shape", "8,64", "--gpu", "V100"], "gpu = 'V100': must be one of A100"),
     ],
 )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from cuflash import check, io_model
-from cuflash.errors import DeviceError, InvalidValueError
+from cuflash import check, io_model, masks
+from cuflash.errors import DeviceError, InvalidTypeError, InvalidValueError
 from cuflash.jit.compiler import EXTRAS
 from cuflash.options import Options
 from cuflash.plan import backward_cost, cost
@@ -21,6 +21,15 @@ from cuflash.problem import Problem
 if TYPE_CHECKING:
     from rich.table import Table
 
+# Masks by name: what makes one of the numbers behind "=".
+MASKS: dict[str, Callable[..., masks.Mask]] = {
+    "causal": masks.Causal,
+    "window": masks.SlidingWindow,
+    "prefix": masks.PrefixLM,
+    "dilated": masks.Dilated,
+    "global": masks.GlobalTokens,
+    "butterfly": masks.Butterfly,
+}
 BOUNDS = {"memory": "memory", "matmul": "matrix products", "special": "exponentials"}
 
 
@@ -37,6 +46,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--precision", help="tf32, of float32 alone")
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--window", help="left,right; none on a side for no bound")
+    parser.add_argument("--mask", help=f"{', '.join(MASKS)}, with numbers as in window=256,0 or butterfly=128")
     parser.add_argument("--softcap", type=float)
     parser.add_argument("--bias-shape", help="broadcasts to batch,heads,seqlen_q,seqlen_k")
     parser.add_argument("--bias-dtype", help="that of q by default")
@@ -54,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         raise DeviceError(f"rich is not installed: explain needs {EXTRAS}") from None
     gpu = gpu_named(args.gpu)
     bias_shape = None if args.bias_shape is None else _numbers("--bias-shape", args.bias_shape)
+    mask = None if args.mask is None else _mask(args.mask)
     problem = io_model.problem_of_shapes(
         _numbers("--shape", args.shape),
         None if args.kv_shape is None else _numbers("--kv-shape", args.kv_shape),
@@ -61,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         causal=args.causal,
         window=None if args.window is None else _window(args.window),
+        mask=mask,
         softcap=args.softcap,
         bias_shape=bias_shape,
         bias_dtype=args.bias_dtype,
@@ -69,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
     options = Options(num_splits=args.num_splits, precision=args.precision)
     check.check_precision(problem, options)
     precision = f" as {args.precision}" if args.precision else ""
-    title = f"{_describe(problem)}{precision} on {gpu.name} ({gpu.arch_name})"
+    shown = "" if mask is None else f", {mask!r} of density {mask.density(problem.seqlen_q, problem.seqlen_k):.4g}"
+    title = f"{_describe(problem)}{shown}{precision} on {gpu.name} ({gpu.arch_name})"
     if args.backward:
         if args.num_splits is not None:
             raise InvalidValueError(f"--num-splits = {args.num_splits}: must be left out with --backward")
@@ -98,14 +111,33 @@ def _window(text: str) -> tuple[int | None, ...]:
         raise InvalidValueError(f"--window = {text!r}: must be left,right, each a whole number or none") from None
 
 
+def _mask(text: str) -> masks.Mask:
+    name, _, listed = text.partition("=")
+    if name not in MASKS:
+        raise InvalidValueError(f"--mask = {text!r}: must be one of {', '.join(MASKS)}")
+    try:
+        numbers = [None if part.strip() == "none" else int(part) for part in listed.split(",") if part]
+    except ValueError:
+        raise InvalidValueError(f"--mask = {text!r}: must have whole numbers or none behind {name}=") from None
+    try:
+        return MASKS[name](*numbers)
+    except InvalidTypeError:
+        raise
+    except TypeError as error:  # too few numbers or too many
+        raise InvalidValueError(
+            f"--mask = {text!r}: must have the numbers of {MASKS[name].__name__}: {error}"
+        ) from None
+
+
 def _forward_kernels(plan: ForwardPlan, gpu: Gpu) -> Table:
-    view = _kernels([plan.forward, *((plan.combine,) if plan.combine else ())], gpu)
+    lists = () if plan.lists is None else plan.lists.launches
+    view = _kernels([*lists, plan.forward, *((plan.combine,) if plan.combine else ())], gpu)
     view.add_row("splits of the keys", str(plan.num_splits))
     return view
 
 
 def _backward_kernels(plan: BackwardPlan, gpu: Gpu) -> Table:
-    view = _kernels(plan.launches, gpu)
+    view = _kernels([*(() if plan.lists is None else plan.lists.launches), *plan.launches], gpu)
     view.add_row("sums of dq", "in the order of the keys: the same bits every time")
     return view
 
