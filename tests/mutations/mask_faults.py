@@ -112,8 +112,8 @@ IN_LISTS = [
              WrongResult),
     Mutation("the first element stands for all", MASK, "i < count; ++i) elements", "i < 1; ++i) elements", lists(DENSE),
              WrongResult),
-    Mutation("the number of elements overflows", MASK,
-             "if (sub_cut(spans[axis].high, spans[axis].low) >= kMostLookups) return anything<T>();", "",
+    Mutation("indices leave the table", MASK,
+             "if (span.low < 0 || span.high >= params.mask_lengths[4 * I + axis]) return anything<T>();", "",
              lists(LOOKED_UP, lengths=((50, 70),), block_m=32), OutOfBounds),
 ]  # fmt: skip
 
