@@ -36,7 +36,7 @@ class Case:
     dtype: str = "float16"
     bias: tuple[int, ...] | None = None
     splits: int | None = None
-    keywords: dict[str, Any] = field(default_factory=dict)
+    keywords: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
 CASES = (

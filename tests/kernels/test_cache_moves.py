@@ -9,12 +9,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import cuflash
+import cuflash.jit
 from cuflash import tokens
 from cuflash.emulator import Device
 from cuflash.emulator.faults import EmulatorFault
 from cuflash.errors import InvalidValueError
-from cuflash.jit import compile_ptx
 from cuflash.layout import Layout
 from cuflash.paging import moves
 from cuflash.plan.tokens import Lists
@@ -249,7 +248,7 @@ def test_offsets_past_32_bits(whole_blocks: bool) -> None:
     launch, record = tokens._prepare_move([(near, far)], rows, lists)
     record["source"][0], record["targets"] = held[1].pointer, entries.pointer
     record["target"][0] = (held[0].pointer - blocks * block_size * stride) % 2**64
-    kernel = emulator.load(compile_ptx(launch.config, "sm_80")).kernel(launch.config.entry)
+    kernel = emulator.load(cuflash.jit.compile_ptx(launch.config, "sm_80")).kernel(launch.config.entry)
     kernel.launch(launch.grid, launch.block, (record,), shared_bytes=0)
     places = np.arange(rows) if whole_blocks else named - blocks * block_size
     np.testing.assert_array_equal(bits(held[0].to_host()[places]), bits(wanted))

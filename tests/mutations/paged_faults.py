@@ -1,0 +1,134 @@
+"""Faults of attention over a paged cache, and of the kernel that moves a cache's rows, as in faults.py.
+
+OtherTraffic: the result is right, but the kernels read what they must not, or write elsewhere too.
+"""
+
+from __future__ import annotations
+
+from cuflash.emulator.faults import OutOfBounds, Race, Uninitialized
+from tests.mutations.mutate import Mutation, WrongResult
+from tests.test_io_model_paged import Case
+
+
+class OtherTraffic(Exception):
+    """Bytes by array are not those of the IO model."""
+
+
+FORWARD, ROWS, LOAD = "kernels/forward.cu", "attention/paged_rows.cuh", "tile/load.cuh"
+WORK, TILES, SCORES = "attention/work.cuh", "attention/key_tiles.cuh", "attention/scores.cuh"
+MOVE = "kernels/move_rows.cu"
+
+DECODE = Case(dim=32, lengths=(300, 5, 130, 0))
+SPLIT = Case(dim=32, lengths=(300, 77), splits=3)
+SMALL_BLOCKS = Case(dim=32, lengths=(300, 77), block_size=5)
+ONE_STAGE = Case(dim=256, lengths=(200, 77), heads=2)
+TWO_WARPS = Case(dim=32, lengths=(300, 77), heads=64)
+SEVERAL = Case(dim=32, lengths=(300, 77), queries=4, keywords={"return_lse": True})
+TWO_TILES = Case(dim=32, lengths=(258, 77), queries=16, heads=32)  # the last queries' keys end behind a tile's end
+PACKED = Case(dim=32, lengths=(300, 77, 40), queries=(16, 9, 16), heads=16)
+MANY = Case(dim=32, lengths=(300, 77), queries=40, heads=4)  # each head a tile of its own
+WINDOW = Case(dim=32, lengths=(300, 77), keywords={"window": (90, 0)})
+BIASED = Case(dim=32, lengths=(300, 77), bias=(2, 8, 1, 21 * 16))
+
+ATTENTION = [
+    Mutation("entries from the table's beginning", ROWS, "table + first + i, 4", "table + i, 4", DECODE,
+             (OtherTraffic, WrongResult, OutOfBounds)),
+    Mutation("an entry past the last token", ROWS, "last = (end - 1) / block_size", "last = end / block_size",
+             Case(dim=32, lengths=(304, 80)), OtherTraffic),
+    Mutation("an entry short", ROWS, "i <= last - first", "i < last - first", DECODE,
+             (Uninitialized, OutOfBounds, Race)),
+    Mutation("entries of whole tiles", FORWARD, "min((tiles.tile(position) + 1) * C.block_n, tiles.keys.end)",
+             "(tiles.tile(position) + 1) * C.block_n", DECODE, OtherTraffic),
+    Mutation("entries before the window", FORWARD, "max(shared.tiles.tile(position) * Shared::kKeys, "
+             "shared.tiles.keys.begin)", "shared.tiles.tile(position) * Shared::kKeys", WINDOW, OtherTraffic),
+    Mutation("one part of the table for all tiles", FORWARD, "shared.table.entries[position % 4],\n",
+             "shared.table.entries[0],\n", DECODE, (Race, WrongResult, OutOfBounds, Uninitialized)),
+    Mutation("parts in the place of those in use", FORWARD, "(shared.table.entries[position % 4], table",
+             "(shared.table.entries[position % 2], table", DECODE, (Race, WrongResult, OutOfBounds, Uninitialized)),
+    Mutation("entries a tile late", FORWARD, "fetch_table(position + 2);", "fetch_table(position + 1);", DECODE,
+             (Race, WrongResult, OutOfBounds, Uninitialized)),
+    Mutation("entries of the second tile not fetched", FORWARD, "fetch_table(tiles.begin + 1);", "", DECODE,
+             (Race, OutOfBounds, Uninitialized)),
+    Mutation("no barrier behind the first entries", FORWARD, "__syncthreads();  // the entries", "//", TWO_WARPS,
+             (Race, Uninitialized)),
+    Mutation("no wait for the first entries", FORWARD,
+             "ptx::cp_async_wait<0>();\n            __syncthreads();  // the entries",
+             "__syncthreads();  // the entries", DECODE, (Race, Uninitialized)),
+    Mutation("the first sequence's table", FORWARD, "work.sequence * i64{params.table_pitch}",
+             "0 * i64{params.table_pitch}", DECODE, (WrongResult, OtherTraffic, OutOfBounds)),
+    Mutation("a batch entry of the cache", FORWARD, "C.paged ? 0 : work.batch_entry", "work.batch_entry", DECODE,
+             (OutOfBounds, WrongResult)),
+    Mutation("keys by query head", FORWARD, "kv_head = work.head / params.group", "kv_head = work.head", DECODE,
+             (OutOfBounds, WrongResult)),
+    Mutation("offsets from the sequence's beginning", ROWS, "(row - entry * block_size) * token_stride",
+             "row * token_stride", DECODE, (OutOfBounds, WrongResult)),
+    Mutation("entries counted from the table's beginning", ROWS, "part[entry - first]", "part[entry]", DECODE,
+             (OutOfBounds, Uninitialized, Race, WrongResult)),
+    Mutation("tokens by the stride of blocks", ROWS, "* block_stride", "* token_stride", DECODE,
+             (OutOfBounds, WrongResult)),
+    Mutation("places of rows past the end", LOAD, "rows.at(min(max(array_row, begin), end - 1))", "rows.at(array_row)",
+             SMALL_BLOCKS, (OutOfBounds, Uninitialized, Race)),
+    Mutation("rows past the end", LOAD,
+             "copy_chunk<true>(Tile::step(target, i, j), source + Tile::kPerChunk * j, in_range ? row_left : 0)",
+             "copy_chunk<true>(Tile::step(target, i, j), source + Tile::kPerChunk * j, row_left)", DECODE,
+             OtherTraffic),
+    Mutation("room instead of length", WORK, "if constexpr (C.paged) work.len_k = cached_keys(params, work.sequence);",
+             "", DECODE, (OutOfBounds, WrongResult, OtherTraffic)),
+    Mutation("the first sequence's length", WORK, "min(max(params.seq_lens[b], 0), params.seqlen_k)",
+             "min(max(params.seq_lens[0], 0), params.seqlen_k)", DECODE, (OutOfBounds, WrongResult, OtherTraffic)),
+    Mutation("lengths of the tokens behind the last sequence", WORK, "b < params.batch ? cached_keys(params, b) : 0",
+             "cached_keys(params, b)", PACKED, OutOfBounds),
+    Mutation("a group's rows a head further", LOAD, "(first + row) % group * head_stride",
+             "(first + row + 1) % group * head_stride", BIASED, WrongResult),
+    Mutation("rows of a second tile as of the first", LOAD, "(first + row) / group * token_stride",
+             "row / group * token_stride", TWO_TILES, (WrongResult, Race, Uninitialized)),
+    Mutation("rows of a group by the number of tokens", WORK, "work.q_start * each, b, C.block_m, work.rows",
+             "work.q_start, b, C.block_m, work.rows", PACKED, (WrongResult, Race, Uninitialized)),
+    Mutation("slots by the number of tokens", WORK, "C.block_m, slot, each);", "C.block_m, slot);", PACKED,
+             (WrongResult, Race, Uninitialized, OtherTraffic)),
+    Mutation("heads of a group one by one", WORK, "params.num_heads / each : params.num_heads) * each",
+             "params.num_heads / each : params.num_heads)", SEVERAL, (WrongResult, OutOfBounds, Race, Uninitialized)),
+    Mutation("rows as queries in the range of keys", TILES, "row_first = work.row_begin / each",
+             "row_first = work.row_begin", TWO_TILES, (WrongResult, OtherTraffic)),
+    Mutation("the last row as a query", TILES, "(work.row_end(C.block_m) - 1) / each", "work.row_end(C.block_m) - 1",
+             TWO_TILES, (OtherTraffic, WrongResult)),
+    Mutation("rows as queries under the window", SCORES, "kGrouped ? row / params.group : row", "row", SEVERAL,
+             WrongResult),
+    Mutation("the bias of a group's first head", SCORES,
+             "row % params.group * params.bias_strides[1] * bytes_of", "0 * params.bias_strides[1] * bytes_of",
+             BIASED, (WrongResult, OtherTraffic)),
+    Mutation("one stage: values of the tile before", FORWARD, "if constexpr (kStages == 1) load_v(position);",
+             "if constexpr (kStages == 1) load_v(max(position - 1, 0));", ONE_STAGE,
+             (WrongResult, Race, OtherTraffic, OutOfBounds, Uninitialized)),
+    Mutation("every split writes the first one's state", FORWARD, "o += work.split * params.o_split_stride;", "", SPLIT,
+             (Race, Uninitialized)),
+    Mutation("strides of tokens and heads exchanged", FORWARD, "strides[1], strides[2], params.group, first}",
+             "strides[2], strides[1], params.group, first}", SEVERAL, (OutOfBounds, WrongResult, Race)),
+    Mutation("keys as if they lay in their own order", FORWARD, "if constexpr (C.paged) {\n            KLoader",
+             "if constexpr (false) {\n            KLoader", MANY, (OutOfBounds, WrongResult)),
+]  # fmt: skip
+
+MOVES = [
+    Mutation("slots as blocks", MOVE, "place / C.block_size;", "place;", None, (OutOfBounds, WrongResult)),
+    Mutation("a slot's block alone", MOVE, "(C.whole_blocks ? row : place) % C.block_size", "row % C.block_size", None,
+             (OutOfBounds, WrongResult, Race)),
+    Mutation("an entry for each row of a block", MOVE, "C.whole_blocks ? row / C.block_size : row",
+             "C.whole_blocks ? row : row", None, (OutOfBounds, WrongResult)),
+    Mutation("values to where keys lie", MOVE, "to = params.target_strides + 4 * array", "to = params.target_strides",
+             None, (OutOfBounds, WrongResult, Race)),
+    Mutation("values from where keys lie", MOVE, "params.source_strides + 4 * array", "params.source_strides", None,
+             (OutOfBounds, WrongResult)),
+    Mutation("keys twice", MOVE, "(params.source[array])", "(params.source[0])", None, (OutOfBounds, WrongResult)),
+    Mutation("every layer into the first", MOVE, "batch * to[0]", "0 * to[0]", None, (WrongResult, Race)),
+    Mutation("every layer from the first", MOVE, "batch * from[0]", "0 * from[0]", None, WrongResult),
+    Mutation("the first head alone", MOVE, "head * to[3]", "0 * to[3]", None, (WrongResult, Race)),
+    Mutation("as many columns as keys have", MOVE, "params.columns[array]", "params.columns[0]", None,
+             (OutOfBounds, Uninitialized, WrongResult)),
+    Mutation("tokens to nowhere", MOVE, "return unit >= 0;", "return true;", None, OutOfBounds),
+    Mutation("entries of half their width", MOVE, "Conditional<C.index_bytes == 8, i64, int>;", "int;", None,
+             (OutOfBounds, Race, WrongResult)),
+    Mutation("rows of the first turn alone", MOVE, "first + i * kGroups;", "first;", None,
+             (Race, Uninitialized, WrongResult)),
+    Mutation("offsets of 32 bits", MOVE, "at = block * block_stride", "at = static_cast<int>(block * block_stride)",
+             None, (OutOfBounds, WrongResult)),
+]  # fmt: skip
