@@ -285,6 +285,7 @@ def test_what_intervals_do_not_know(name: str, blocks: tuple[int, int]) -> None:
 
 
 LABELS, GRID = RNG.integers(0, 4, (50, 70)), RNG.random((4, 4)) < 0.6
+WORDS, BUCKETS = RNG.integers(0, 2**30, (50, 70)), RNG.random(4) < 0.6
 
 
 @pytest.mark.parametrize("block", [16, 32])
@@ -293,6 +294,8 @@ def test_lookups_of_lookups(block: int) -> None:
     for function in (
         lambda batch, head, q, k: GRID[LABELS[q, k], LABELS[49 - q, k]],
         lambda batch, head, q, k: GRID[LABELS[q, k] ** 3 // 9, 3 - LABELS[q, k]],
+        lambda batch, head, q, k: BUCKETS[WORDS[q, k] >> 28],
+        lambda batch, head, q, k: BUCKETS[np.maximum(LABELS[q, k], -2)],
         lambda batch, head, q, k: GRID[LABELS[q, k] // 2**24, abs(LABELS[q, k]) >> 24],  # of any number few indices
     ):
         hold_to_pairs(masks.where(function), Asked(((50, 70),), block, block))
