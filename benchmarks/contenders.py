@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -59,8 +60,12 @@ def find_backward(device: str, with_forward: bool) -> list[Contender]:
 
 def cotangent(inputs: Inputs) -> np.ndarray:
     """Standard normal, like the output."""
-    shape = (*inputs[0].shape[:3], inputs[2].shape[3])
-    return np.random.default_rng(2).standard_normal(shape, np.float32).astype(inputs[0].dtype)
+    return _cotangent((*inputs[0].shape[:3], inputs[2].shape[3]), inputs[0].dtype)
+
+
+@lru_cache(maxsize=1)
+def _cotangent(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    return np.random.default_rng(2).standard_normal(shape, np.float32).astype(dtype)
 
 
 def _installed(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from benchmarks.contenders import Contender, Inputs
 from cuflash.io_model import compulsory_bytes, useful_flops
 from cuflash.problem import Problem
 
-CHUNK = 1024  # queries whose scores the float64 gradients hold
+CHUNK = 256  # queries whose scores a thread of the float64 gradients holds
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,9 @@ def _exact_gradients(case: Case) -> _Exact:
     dk, dv = np.zeros((32, case.head_dim)), np.zeros((32, case.head_dim))
     samples, largest = [], 0.0
     for head in range(case.num_heads - group, case.num_heads):
-        dq = np.empty((case.seqlen, case.head_dim))
-        for begin in range(0, case.seqlen, CHUNK):
+
+        def part(begin: int, head: int = head) -> tuple[np.ndarray, ...]:
+            """dq of a chunk of queries, and what they add to dk and dv of the sample."""
             rows = slice(begin, begin + CHUNK)
             visible = case.visible(rows, head)
             seen = np.union1d(np.flatnonzero(visible.any(axis=0)), sample)  # the other keys have no part in anything
@@ -72,10 +74,14 @@ def _exact_gradients(case: Case) -> _Exact:
             p = softmax(case.problem.scale * (q[rows, head] @ keys.T), visible[:, seen])
             dp = dout[rows, head] @ values.T
             ds = case.problem.scale * p * (dp - (p * dp).sum(axis=1, keepdims=True))
-            dq[rows] = ds @ keys
             sampled = np.searchsorted(seen, sample)
-            dk += ds[:, sampled].T @ q[rows, head]
-            dv += p[:, sampled].T @ dout[rows, head]
+            return ds @ keys, ds[:, sampled].T @ q[rows, head], p[:, sampled].T @ dout[rows, head]
+
+        with ThreadPoolExecutor() as pool:
+            parts = list(pool.map(part, range(0, case.seqlen, CHUNK)))
+        dq = np.concatenate([own for own, _, _ in parts])
+        dk += sum(of_keys for _, of_keys, _ in parts)
+        dv += sum(of_values for _, _, of_values in parts)
         samples.append(dq[sample])
         largest = max(largest, float(np.abs(dq).max()))
     return _Exact(sample, np.stack(samples, 1), largest, dk, dv)
