@@ -69,6 +69,11 @@ def scores(causal: object, window: object, scale: object, softcap: object, mask:
     )
 
 
+def without_arrays(asked: Scores) -> Scores:
+    """The same but for what the arrays of a mask hold: what launches are prepared by."""
+    return asked if asked.mask is None else asked._replace(mask=asked.mask.asked)
+
+
 def _mask(mask: object, left: int | None, right: int | None) -> Program:
     """What a mask and a window together show."""
     if isinstance(mask, Mask):

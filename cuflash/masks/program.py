@@ -107,6 +107,21 @@ class Program:
         bound._hash, bound._wide, bound.kept = hash(bound.key), {}, {}
         return bound
 
+    @cached_property
+    def asked(self) -> Program:
+        """What launches are prepared by: the same program over stand-ins that have shapes, dtypes and bounds alone.
+
+        Masks that differ in what their arrays hold ask for the same, and what is prepared keeps no array alive.
+        """
+        stand_ins = {table: table.stand_in() for table in self.tables}
+        other = copy(self)
+        other.tables = tuple(stand_ins.values())
+        other.fits = tuple((stand_ins.get(table) or table.stand_in(), axes) for table, axes in self.fits)
+        layouts = tuple((table.array.shape, table.bounds) for table in other.tables)
+        other.key = ("asked", self.structure, self.wholes, tuple(x.hex() for x in self.reals), layouts)
+        other._hash, other._wide, other.kept = hash(other.key), {}, {}
+        return other
+
     def unbound(self) -> Program:
         """An equal program that keeps no arrays alive: its tables have shapes and dtypes alone."""
         return self.bind(*(np.broadcast_to(np.zeros((), t.array.dtype), t.array.shape) for t in self.tables))

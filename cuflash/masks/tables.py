@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -68,6 +68,11 @@ class Table:
         if self.bounds is not None:
             return self.bounds
         return (int(self.array.min()), int(self.array.max())) if self.array.size else (0, 0)
+
+    def stand_in(self) -> Table:
+        """A table of the same shape, dtype and bounds that takes no memory."""
+        array = np.broadcast_to(np.zeros((), self.array.dtype), self.array.shape)
+        return replace(self, array=array, bounds=self.limits if self.kind == "whole" else None)
 
     def __getitem__(self, indices: Any) -> Expression:
         """The expression of an element, by as many whole numbers as there are axes."""
