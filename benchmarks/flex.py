@@ -31,6 +31,7 @@ def contender(device: str, what: str, compiled: bool) -> Contender:
 
 def _attention(case: Case, device: str, compiled: bool) -> Callable[..., Any]:
     import torch
+    import torch._functorch.config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if not isinstance(case, MaskedCase):
@@ -39,6 +40,7 @@ def _attention(case: Case, device: str, compiled: bool) -> Callable[..., Any]:
     blocks = create_block_mask(visible, None, None, case.seqlen, case.seqlen, device=device, _compile=compiled)
     if compiled:
         torch.compiler.reset()  # else one case after another counts as recompilation, of which there is a limit
+        torch._functorch.config.donated_buffer = False  # the graph is kept from sample to sample
         flex_attention = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: flex_attention(q, k, v, block_mask=blocks, enable_gqa=case.num_heads != case.num_kv_heads)
 
