@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import cuflash
 from benchmarks import (
     backward,
     cases,
     contenders,
+    decode,
+    decode_cases,
     driver,
     first_call,
     flex,
@@ -124,6 +127,20 @@ def test_flex_attention_answers_the_same_question(case):
 def test_density_of_sparse_cases(case):
     shares = [case.visible(head=head).mean() for head in range(case.num_heads)]
     assert np.mean(shares) == pytest.approx(case.density, abs=0.01)  # that of random tokens is an expectation
+
+
+def test_lists_are_made_anew():
+    case = sparse_cases.MaskedCase(1, 128, 1, 1, 16, "float16", pattern="random", amount=1)
+    ours, anew = sparse.contenders(PASSES["forward"], case, "cpu")[:2]
+    with cuflash.emulate("sm_80") as device:
+        for contender, launches in ((ours, [2, 1, 1]), (anew, [2, 2, 2])):
+            run = contender.prepare(case, case.inputs())
+            before = len(device.launches)
+            counts = []
+            for _ in range(3):
+                run.call()
+                counts.append(len(device.launches) - before - sum(counts))
+            assert counts == launches
 
 
 def test_another_mask_is_not_timed():
@@ -242,3 +259,60 @@ def test_a_gpu_session_names_files_that_exist():
     for name, command in gpu_session.steps(Path("out")).items():
         for part in command:
             assert not part.startswith("tests/") or Path(part).exists(), name
+
+
+DECODE_CASES = [
+    decode_cases.DecodeCase(3, 70, 2, 4, 16, head_dim=32, dtype="float32"),
+    decode_cases.DecodeCase(2, 50, 1, 3, 1, head_dim=32, dtype="bfloat16"),
+    decode_cases.DecodeCase(2, 33, 2, 1, 0, head_dim=16, dtype="float16"),
+]
+
+
+def test_decode_writes_figures_for_every_case(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(decode.READ_BYTES, "cpu", 1 << 20)
+    arguments = ["--device", "cpu", "--head-dim", "32", "--contenders", "cuflash", "--repeats", "2"]
+    assert decode.main([*arguments, "--output", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "decode.json").read_text())
+    assert len(report["results"]) == len(decode.CPU_CASES)
+    assert report["read_bytes_per_second"] > 0
+    for row in report["results"]:
+        assert row["seconds"]["least"] > 0
+        assert row["copies"] > 1
+        assert row["share_of_read"] > 0
+        assert 0 <= row["error"] <= cases.ERROR_LIMITS["float32"]
+    assert "blocks of 5" in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.parametrize("case", DECODE_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("decoder", decode_cases.find("cpu"), ids=lambda decoder: decoder.name)
+def test_every_decoder_answers_the_same_question(case, decoder):
+    (row,) = decode.measure(case, [decoder], "cpu", 1, 1.0)
+    assert "failure" not in row
+
+
+def test_a_wrong_decoder_is_not_timed():
+    zeros = decode_cases.Decoder("zeros", "0", lambda case, given: lambda: given.q * 0)
+    (row,) = decode.measure(DECODE_CASES[0], [zeros], "cpu", 1, 1.0)
+    assert row["failure"].startswith("wrong: error")
+    assert "seconds" not in row
+
+
+def test_skewed_lengths_have_the_same_total():
+    for batch, length in ((1, 7), (32, 4096), (64, 1000)):
+        case = decode_cases.DecodeCase(batch, length, 8, 4, 16)
+        skewed = decode_cases.DecodeCase(batch, length, 8, 4, 16, skewed=True)
+        assert skewed.lengths.sum() == batch * length
+        assert skewed.lengths.min() >= 1
+        assert skewed.bytes == case.bytes
+
+
+def test_settings_of_decoding_are_cases():
+    for texts in decode.SETTINGS.values():
+        for text in texts:
+            assert decode_cases.parse_case(text).batch >= 1
+
+
+@pytest.mark.parametrize("text", ["1,2,3,4", "1,2,3,4,5,even", "0,1,1,1,16", "1,1,1,1,-1", "1,2,3,4,5,6,skewed"])
+def test_bad_decode_case(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="must be"):
+        decode_cases.parse_case(text)
