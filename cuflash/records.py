@@ -178,21 +178,21 @@ def tile_list_record(problem: Problem, plan: TileListPlan) -> np.ndarray:
     record["q_tiles"], record["k_tiles"] = plan.tiles
     record["turn_pitch"] = plan.turn_shape[-1] if plan.turn_shape else 0
     _set_mask(record, problem, plan)
-    for i, table in enumerate(() if problem.mask is None else problem.mask.tables):
-        record["mask_lengths"][4 * i : 4 * i + table.array.ndim] = table.array.shape
     return record
 
 
 def _set_mask(record: np.ndarray, problem: Problem, lists: TileListPlan | None) -> None:
-    """Constants of the mask, the strides of its tables, and how long its lists are."""
+    """Constants of the mask, the strides of its tables and, where intervals are asked, lengths; how long lists are."""
     if problem.mask is None or lists is None:
         return
     record["list_pitch"] = lists.list_shape[3]
     for name, values in (("mask_wholes", problem.mask.wholes), ("mask_reals", problem.mask.reals)):
         record[name][: len(values)] = values
     for i, table in enumerate(problem.mask.tables):
-        strides = contiguous_strides(table.array.shape, 1)
-        record["mask_strides"][4 * i : 4 * i + len(strides)] = strides
+        shape, axes = table.array.shape, slice(4 * i, 4 * i + table.array.ndim)
+        record["mask_strides"][axes] = contiguous_strides(shape, 1)
+        if "mask_lengths" in (record.dtype.names or ()):
+            record["mask_lengths"][axes] = shape
 
 
 def combine_record(

@@ -114,6 +114,7 @@ BACKWARD_PARAMS = np.dtype(
         ("bias_strides", np.int64, 4),  # batch, head, query, key
         ("dbias_strides", np.int64, 4),
         ("mask_strides", np.int64, 4 * MAX_TABLES),  # of each table
+        ("mask_lengths", np.int64, 4 * MAX_TABLES),  # of the axes of each table
         ("mask_wholes", np.int64, MAX_WHOLES),  # its constants
         ("mask_reals", np.float64, MAX_REALS),
         ("dbias_shape", np.int32, 4),  # packed: its last two axes may be longer than any sequence

@@ -91,6 +91,7 @@ struct BackwardParams {
     i64 bias_strides[4];   // batch, head, query, key; 0 where broadcast
     i64 dbias_strides[4];
     i64 mask_strides[4 * kMaxTables];  // of each table
+    i64 mask_lengths[4 * kMaxTables];  // of the axes of each table
     i64 mask_wholes[kMaxWholes];       // its constants
     double mask_reals[kMaxReals];
     int dbias_shape[4];    // packed: its last two axes may be longer than any sequence
