@@ -25,7 +25,7 @@ def make(*shape: int) -> np.ndarray:
 
 
 @pytest.fixture
-def device() -> Iterator[Any]:
+def emulated() -> Iterator[Any]:
     with cuflash.emulate("sm_80") as device:
         yield device
 
@@ -45,16 +45,16 @@ class Kept:
 
 
 class TestLists:
-    def test_later_calls_and_layers_make_none(self, device: Any) -> None:
-        mask, kept = masks.SlidingWindow(20, 3), Kept(device)
+    def test_later_calls_and_layers_make_none(self, emulated: Any) -> None:
+        mask, kept = masks.SlidingWindow(20, 3), Kept(emulated)
         x, y = make(1, 70, 2, 16), make(3, 70, 4, 16)
         assert kept.by(lambda: cuflash.attention(x, x, x, mask=mask)) == LISTS + FORWARD
         assert kept.by(lambda: cuflash.attention(x, x, x, mask=mask)) == FORWARD
         assert kept.by(lambda: cuflash.attention(x * 2, x, x, mask=mask, softcap=3.0)) == FORWARD
         assert kept.by(lambda: cuflash.attention(y, y, y, mask=mask)) == FORWARD  # nor do other batches and heads
 
-    def test_pullbacks_keep_theirs(self, device: Any) -> None:
-        mask, kept, x = masks.Butterfly(16), Kept(device), make(1, 70, 2, 16)
+    def test_pullbacks_keep_theirs(self, emulated: Any) -> None:
+        mask, kept, x = masks.Butterfly(16), Kept(emulated), make(1, 70, 2, 16)
         pullbacks: list[Any] = []
         for first in (True, False):
             calls = kept.by(lambda: pullbacks.append(cuflash.vjp(cuflash.attention, x, x, x, mask=mask)[1]))
@@ -63,8 +63,8 @@ class TestLists:
         assert kept.by(lambda: pullbacks[0](x)) == PULLBACK
         assert kept.by(lambda: pullbacks[1](x)) == PULLBACK
 
-    def test_other_lengths_tiles_and_masks_have_their_own(self, device: Any) -> None:
-        kept, mask = Kept(device), masks.where(lambda batch, head, q, k: (q // 16 + head + batch) % 3 > k // 16)
+    def test_other_lengths_tiles_and_masks_have_their_own(self, emulated: Any) -> None:
+        kept, mask = Kept(emulated), masks.where(lambda batch, head, q, k: (q // 16 + head + batch) % 3 > k // 16)
         for shape in ((1, 70, 2, 16), (1, 71, 2, 16), (2, 70, 2, 16), (1, 70, 3, 16)):  # a mask of batch and head
             x = make(*shape)
             assert kept.by(lambda x=x: cuflash.attention(x, x, x, mask=mask)) == LISTS + FORWARD
@@ -76,8 +76,8 @@ class TestLists:
         assert kept.by(lambda: cuflash.attention(x, x, x, mask=mask, causal=True)) == FORWARD
         assert kept.by(lambda: cuflash.attention(x, x, x, mask=~mask)) == LISTS + FORWARD
 
-    def test_packed_problems_make_theirs_in_every_call(self, device: Any) -> None:
-        mask, kept, x = masks.SlidingWindow(20, 3), Kept(device), make(70, 2, 16)
+    def test_packed_problems_make_theirs_in_every_call(self, emulated: Any) -> None:
+        mask, kept, x = masks.SlidingWindow(20, 3), Kept(emulated), make(70, 2, 16)
         for ends in ([0, 20, 70], [0, 20, 70], [0, 33, 70]):
             ends = np.array(ends)
             got = kept.by(lambda ends=ends: cuflash.attention_varlen(x, x, x, ends, ends, max_seqlen_q=70,
@@ -99,13 +99,13 @@ class TestLists:
         gc.collect()
         assert memory() is None
 
-    def test_lists_of_a_mask_go_with_it(self, device: Any) -> None:
+    def test_lists_of_a_mask_go_with_it(self, emulated: Any) -> None:
         x = make(70, 2, 16)
         used = []
         for size in range(5):
             cuflash.attention(x, x, x, mask=masks.SlidingWindow(size, 0))
-            device.prepared.clear()
-            used.append(len(device._emulator._memory.allocations))
+            emulated.prepared.clear()
+            used.append(len(emulated._emulator._memory.allocations))
         assert len(set(used[1:])) == 1
 
 
@@ -124,7 +124,7 @@ class TestCompilation:
         x = make(length, 2, 16)
         cuflash.vjp(cuflash.attention, x, x, x, mask=mask, bias=np.zeros(length, np.float16))[1](x)
 
-    def test_numbers_and_arrays_are_no_code(self, device: Any, compiled: list[Any]) -> None:
+    def test_numbers_and_arrays_are_no_code(self, emulated: Any, compiled: list[Any]) -> None:
         self.differentiate(masks.SlidingWindow(20, 3))
         families = [*LISTS, *LISTS, "tile_columns", *FORWARD, *PULLBACK, "bias_gradient"]
         assert sorted(config.family for config in compiled) == sorted(families)
@@ -136,7 +136,7 @@ class TestCompilation:
             self.differentiate(masks.Documents(ids[:70]) & masks.Causal())
         assert len(compiled) == 8 + 6  # prepare and finish know no mask
 
-    def test_functions_of_one_structure_are_one_kernel(self, device: Any, compiled: list[Any]) -> None:
+    def test_functions_of_one_structure_are_one_kernel(self, emulated: Any, compiled: list[Any]) -> None:
         def near(width: int, ids: np.ndarray) -> masks.Mask:
             return masks.where(lambda batch, head, q, k: (abs(q - k) < width) & (ids[q] == ids[k]))
 
