@@ -26,18 +26,33 @@ __device__ __forceinline__ void fetch_entries(int (&part)[kRows], const int* tab
     }
 }
 
-// Rows of keys or values of one head, where they lie.
-template <class T>
+// Rows of keys or values of one head, where they lie: those of a tile of kRows rows.
+template <class T, int kRows>
 struct PagedRows {
+    static constexpr int kShift = 22;
+    static_assert(2 * kRows * ((1 << kShift) + 1ll) < 1ll << 32);
     const T* cache;  // first block and token, this head
     i64 block_stride, token_stride;
     const int* part;  // of the table
-    int first;        // entry of the table with which it begins
+    int begin;        // first row of the block with which it begins
     int block_size;
+    u32 reciprocal;  // of block_size, in units of 2^-kShift, rounded up, for a division is many instructions
 
+    __device__ __forceinline__ PagedRows(const T* cache, const i64 (&strides)[3], const int* part, int first_key,
+                                         int block_size)
+        : cache(cache),
+          block_stride(strides[0]),
+          token_stride(strides[1]),
+          part(part),
+          begin(first_key - first_key % block_size),
+          block_size(block_size),
+          reciprocal((1u << kShift) / block_size + 1) {}
+
+    // Of larger blocks a tile touches two at most. Else row - begin < 2 kRows and block_size < kRows: the quotient is exact.
     __device__ __forceinline__ const T* at(int row) const {
-        const int entry = row / block_size;
-        return cache + part[entry - first] * block_stride + (row - entry * block_size) * token_stride;
+        const int offset = row - begin;
+        const int entry = block_size >= kRows ? offset >= block_size : static_cast<int>(offset * reciprocal >> kShift);
+        return cache + part[entry] * block_stride + (offset - entry * block_size) * token_stride;
     }
 };
 

@@ -104,11 +104,10 @@ __device__ __forceinline__ int first_key(const Shared& shared, int position) {
 
 // Rows of the cache that hold the tile at `position`.
 template <class Shared>
-__device__ __forceinline__ PagedRows<typename Shared::T> paged_rows(const Shared& shared, const ForwardParams& params,
-                                                                    const typename Shared::T* cache,
-                                                                    const i64 (&strides)[3], int position) {
-    return {cache, strides[0], strides[1], shared.table.entries[position % 4],
-            first_key(shared, position) / params.block_size, params.block_size};
+__device__ __forceinline__ auto paged_rows(const Shared& shared, const ForwardParams& params,
+                                           const typename Shared::T* cache, const i64 (&strides)[3], int position) {
+    return PagedRows<typename Shared::T, Shared::kKeys>(cache, strides, shared.table.entries[position % 4],
+                                                        first_key(shared, position), params.block_size);
 }
 
 template <ForwardConfig C, class Mask = NoMask>
