@@ -43,6 +43,12 @@ class ndarray:
     def transpose(self, *axes: int) -> ndarray:
         return ndarray(self.host.transpose(axes), self.device_id)
 
+    def reshape(self, *shape: int) -> ndarray:
+        return ndarray(self.host.reshape(*shape), self.device_id)
+
+    def get(self) -> np.ndarray:
+        return self.host.copy()
+
     def fill(self, value: float) -> None:
         self.host.fill(value)
 

@@ -41,7 +41,7 @@ def write_tokens(
     k, v = (array if layout(array).rows_contiguous else array.copy(order="C") for array in (k, v))
     moved = [Moved(k[None], k_cache, ("k", "k_cache")), Moved(v[None], v_cache, ("v", "v_cache"))]
     lists = Lists(slots.dtype.itemsize, k_cache.shape[1])
-    tokens.move(device, moved, len(slots), lists, targets=slots)
+    tokens.move(device, moved, slots.shape[0], lists, targets=slots)
 
 
 def copy_blocks(caches: Sequence[NativeArray], pairs: Sequence[tuple[int, int]]) -> None:
@@ -128,7 +128,7 @@ def _ends(pairs: Sequence[tuple[int, int]]) -> np.ndarray:
 def _of_blocks(caches: Sequence[NativeArray], blocks: NativeArray) -> tuple[int, Lists]:
     """The rows of these blocks, and what a list of them names."""
     block_size = caches[0].shape[-3]
-    return len(blocks) * block_size, Lists(4, block_size, whole_blocks=True)
+    return blocks.shape[0] * block_size, Lists(4, block_size, whole_blocks=True)
 
 
 def _side_by_side(blocks: NativeArray) -> NativeArray:
