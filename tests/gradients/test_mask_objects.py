@@ -32,10 +32,10 @@ def small(case: Case, **more: Any) -> Case:
 
 @pytest.mark.parametrize("name", CASES)
 def test_built_in_masks(device: Any, name: str) -> None:
-    check(small(CASE.of_lengths(65, 97).but(mask=CASES[name].mask(65, 97))), device)
+    check(small(CASE.of_lengths(40, 61).but(mask=CASES[name].mask(40, 61))), device)
 
 
-@pytest.mark.parametrize("name", ["window", "heads", "points"])
+@pytest.mark.parametrize("name", ["window", "heads"])
 @pytest.mark.parametrize(
     "lengths",
     [(1, 1), (1, 90), (90, 1), (16, 16), (17, 15), (31, 33), (13, 71), (0, 5), (5, 0)],
@@ -48,19 +48,19 @@ def test_lengths(device: Any, name: str, lengths: tuple[int, int]) -> None:
 @pytest.mark.parametrize("name", ["butterfly", "batch and heads"])
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_the_tiles_that_the_plan_chooses(device: Any, name: str, deterministic: bool) -> None:
-    case = CASE.of_lengths(150, 200).but(mask=MASKS[name], head_dim=64, head_dim_v=64)
+    case = CASE.of_lengths(140, 170).but(mask=MASKS[name], head_dim=64, head_dim_v=64)
     check(case.but(options=cuflash.Options(deterministic=deterministic)), device)
 
 
 FACTORS: dict[str, Any] = {
-    "mask": tuple(name for name in MASKS if name not in ("nothing", "everything", "window")),
+    "mask": ("causal documents", "stripes", "batch and heads", "points", "reals", "wide"),
     "dtype": ("float16", "bfloat16", "float32", "float64"),
     "dims": ((16, 16), (33, 48)),
     "heads": ((1, 1), (4, 2), (2, 1)),
     "batch": (1, 2),
     "bias": ("", "q.", "h.k", "bhqk"),
-    "softcap": (None, None, 3.0),
-    "window": ({}, {}, {"causal": True}, {"window": (30, 5)}),
+    "softcap": (None, 3.0),
+    "window": ({}, {"causal": True}, {"window": (30, 5)}),
     "layout": ("dense", "heads_first", "interleaved"),
     "tiles": (None, (16, 16), (32, 64)),
     "deterministic": (True, False),
@@ -102,9 +102,8 @@ TILES: tuple[dict[str, Any], ...] = (
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("name", ["window", "batch and heads"])
 def test_tilings(device: Any, tile: dict[str, Any], name: str) -> None:
-    case = CASE.of_lengths(130, 150).but(mask=MASKS[name], num_heads=4, num_kv_heads=2)
-    check(tiled(case, **tile), device)
-    check(tiled(case, False, **tile), device)
+    case = CASE.of_lengths(130, 90).but(mask=MASKS[name], num_heads=2, num_kv_heads=1)
+    check(tiled(case, "num_stages" not in tile, **tile), device)
 
 
 @pytest.mark.parametrize("name", ["stripes", "heads", "batch and heads", "nothing"])
@@ -116,10 +115,10 @@ def test_packed_sequences(device: Any, name: str, tail: tuple[int, int]) -> None
 
 
 @pytest.mark.parametrize("bias", ["k", "q.", "qk", "h..", "b..k", "...."])
-@pytest.mark.parametrize("mask", [masks.Butterfly(16), OF_BOTH, NOTHING], ids=["butterfly", "both", "nothing"])
+@pytest.mark.parametrize("mask", [OF_BOTH, NOTHING], ids=["both", "nothing"])
 def test_the_gradient_of_a_bias(device: Any, mask: masks.Mask, bias: str) -> None:
     """A block adds tiles of scores, some of them hidden, over the axes along which the bias is broadcast."""
-    check(small(CASE.of_lengths(70, 90).but(mask=mask, bias=bias, batch=2, num_heads=2)), device)
+    check(small(CASE.of_lengths(40, 70).but(mask=mask, bias=bias, batch=2, num_heads=2)), device)
 
 
 def test_what_has_a_keyword_too(device: Any) -> None:
