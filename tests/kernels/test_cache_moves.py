@@ -252,3 +252,32 @@ def test_offsets_past_32_bits(whole_blocks: bool) -> None:
     kernel.launch(launch.grid, launch.block, (record,), shared_bytes=0)
     places = np.arange(rows) if whole_blocks else named - blocks * block_size
     np.testing.assert_array_equal(bits(held[0].to_host()[places]), bits(wanted))
+
+
+def test_a_cache_moves_its_bytes_by_the_kernel(device: Any) -> None:
+    """Appended, copied when shared, swapped out and in: what sequences hold is what was appended to them."""
+
+    def life() -> list[tuple[np.ndarray, np.ndarray]]:
+        cache = cuflash.PagedKVCache(2, 12, 4, 2, 24, head_dim_v=40, dtype="float16", host_blocks=6)
+        first, _ = cache.add_sequence()
+        slots = cache.reserve([first], [6])
+        for layer in range(2):
+            cache.append(layer, *(x[layer, :6] for x in (keys, values)), slots)
+        forks = [cache.fork(first) for _ in range(2)]
+        slots = cache.reserve([first, *forks])
+        for layer in range(2):
+            cache.append(layer, *(x[layer, 6:9] for x in (keys, values)), slots)
+        cache.swap_out(forks)
+        cache.swap_in(forks)
+        return [cache.gather(layer, sequence) for layer in range(2) for sequence in (first, *forks)]
+
+    keys, values = (any_bits(np.float16, i)(2, 9, 2, dim) for i, dim in enumerate((24, 40)))
+    got = device.run(life)
+    for i, (k, v) in enumerate(got):
+        layer, own = divmod(i, 3)
+        rows = [*range(6), 6 + own]
+        np.testing.assert_array_equal(bits(k), bits(keys[layer][rows]))
+        np.testing.assert_array_equal(bits(v), bits(values[layer][rows]))
+    if device.name == "emulated":
+        assert all(launch.kernel.startswith("cuflash_move_rows") for launch in device.launches)
+        assert len(device.launches) == 4 + 1 + 4 + 12  # appended, copied, swapped there and back, gathered
