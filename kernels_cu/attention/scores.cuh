@@ -171,15 +171,15 @@ struct ScoreRule {
             }
     }
 
-    // The same by the expression of a mask, a bit for each score of the row. The loop is not unrolled: the expression may
-    // be long, and stands in the kernel once a row. It sees only indices that exist.
+    // The same by the expression of a mask, a bit for each score of the row. The loop is unrolled in part alone: the
+    // expression may be long, and stands in the kernel four times a row. It sees only indices that exist.
     template <int kN>
     __device__ __forceinline__ void select(T (&S)[kN][4], int h, int row, int first) const {
         static_assert(kN <= 16);
         const int last_query = sequence.len_q - 1, last_key = sequence.len_k - 1;
         const int last_row = kTransposed ? last_key : last_query, last_column = kTransposed ? last_query : last_key;
         u32 visible = 0;
-#pragma unroll 1
+#pragma unroll 4
         for (int i = 0; i < 2 * kN; ++i) {
             const int column = first + i / 2 * 8 + i % 2;
             const int r = min(query_of(row), last_row), c = min(column, last_column);
