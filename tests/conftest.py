@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy loads its BLAS: pytest's workers share the cores
@@ -18,8 +19,11 @@ hypothesis.settings.load_profile("cuflash")
 
 DEFAULT_DEVICES = ("cpu", "emulated")
 
-# Translated kernels are many objects that stay: to look through them again and again took a tenth of the time.
+# Translated kernels are many objects that stay: to look through them again and again took a tenth of the time. Now and
+# then it must be: emulated devices, with their memory, go only then.
 gc.set_threshold(100_000)
+TESTS_PER_COLLECTION = 50
+tests_done = itertools.count(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,6 +43,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
         if not cupy.cuda.is_available():
             raise pytest.UsageError("--device=cuda: CuPy finds no GPU on this machine")
+
+
+def pytest_runtest_teardown() -> None:
+    if next(tests_done) % TESTS_PER_COLLECTION == 0:
+        gc.collect()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
