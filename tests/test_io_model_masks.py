@@ -41,7 +41,7 @@ DECIDED = {  # by intervals: also the gradient of a bias visits exactly the tile
     "nothing": NOTHING,
     "everything": ~NOTHING,
 }
-EVERY = DECIDED | {name: MASKS[name] for name in ("stripes", "batch and heads", "points", "reals", "wide")}
+EVERY = DECIDED | {name: MASKS[name] for name in ("batch and heads", "points", "reals")}
 
 
 def masked(case: Case) -> tuple[Problem, dict[str, Any]]:
@@ -123,10 +123,10 @@ def test_backward(name: str) -> None:
 @pytest.mark.parametrize("name", DECIDED)
 @pytest.mark.parametrize("bias", ["bhqk", "k", "q."])
 def test_gradient_of_a_bias(name: str, bias: str) -> None:
-    hold_backward(small_backward(CASE.but(mask=DECIDED[name], bias=bias, num_heads=2, num_kv_heads=1)))
+    hold_backward(small_backward(CASE.of_lengths(40, 70).but(mask=DECIDED[name], bias=bias)))
 
 
-@pytest.mark.parametrize("lengths", [(1, 1), (1, 130), (130, 1), (16, 16), (33, 47)], ids=str)
+@pytest.mark.parametrize("lengths", [(1, 130), (130, 1), (33, 47)], ids=str)
 def test_lengths(lengths: tuple[int, int]) -> None:
     for mask in (DECIDED["window"], OF_BOTH):
         hold_forward(CASE.of_lengths(*lengths).but(mask=mask, options=cuflash.Options(num_splits=1)))

@@ -62,7 +62,7 @@ FACTORS: dict[str, Any] = {
     "softcap": (None, 3.0),
     "window": ({}, {"causal": True}, {"window": (30, 5)}),
     "layout": ("dense", "heads_first", "interleaved"),
-    "tiles": (None, (16, 16), (32, 64)),
+    "tiles": ((16, 16), (32, 64)),
     "deterministic": (True, False),
 }
 
@@ -72,8 +72,6 @@ def case_of(row: dict[str, Any]) -> Case:
     names = ("head_dim", "head_dim_v", "num_heads", "num_kv_heads")
     sizes = dict(zip(names, (*row["dims"], *row["heads"]), strict=True))
     case = CASE.but(mask=MASKS[row["mask"]], **same, **sizes, **row["window"])
-    if row["tiles"] is None:
-        return case.but(options=cuflash.Options(deterministic=row["deterministic"]))
     element = 2 if case.dtype == "bfloat16" else np.dtype(case.dtype).itemsize
     access = min(16, *((dim * element) & -(dim * element) for dim in row["dims"]))
     block_m, block_n = row["tiles"]
