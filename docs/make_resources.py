@@ -19,7 +19,8 @@ from cuflash.jit.ahead import compile_all
 from cuflash.jit.compiler import compiler_version
 from cuflash.plan import backward_cost, cost
 from cuflash.plan.arch import ARCHS
-from cuflash.plan.config import BackwardConfig, BiasGradientConfig, CombineConfig, ForwardConfig, KernelConfig
+from cuflash.plan.config import BackwardConfig, BiasGradientConfig, CombineConfig, ForwardConfig
+from cuflash.plan.kernel import KernelConfig
 from cuflash.plan.shipped import shipped_configs
 
 TARGET = Path(__file__).with_name("resources.md")

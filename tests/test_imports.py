@@ -19,7 +19,7 @@ ROOT = Path(cuflash.__file__).parent
 LAYERS = (
     ("errors", "emulator"),
     ("layout", "dlpack", "vjp"),
-    ("masks",),
+    ("masks", "plan.kernel"),
     ("plan.arch", "plan.config", "plan.params", "plan.gpus"),
     ("problem", "options"),
     ("plan",),

@@ -12,9 +12,10 @@ from cuflash.jit.compiler import EXTRAS
 from cuflash.options import Options
 from cuflash.plan import backward_cost, cost
 from cuflash.plan.backward import BackwardPlan
-from cuflash.plan.config import BackwardConfig, BiasGradientConfig, ForwardConfig, KernelConfig
+from cuflash.plan.config import BackwardConfig, BiasGradientConfig, ForwardConfig
 from cuflash.plan.forward import ForwardPlan
 from cuflash.plan.gpus import GPUS, Gpu, gpu_named
+from cuflash.plan.kernel import KernelConfig
 from cuflash.plan.launch import Launch
 from cuflash.problem import Problem
 

@@ -13,7 +13,7 @@ from cuflash.errors import DeviceError, InvalidTypeError, type_name
 from cuflash.jit import compile_cubin
 from cuflash.layout import NativeArray
 from cuflash.plan.arch import arch_of_capability
-from cuflash.plan.config import KernelConfig
+from cuflash.plan.kernel import KernelConfig
 from cuflash.plan.launch import Launch
 
 

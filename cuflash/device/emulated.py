@@ -14,7 +14,7 @@ from cuflash.device import Kernel, current
 from cuflash.errors import InvalidTypeError, InvalidValueError
 from cuflash.layout import NativeArray
 from cuflash.plan.arch import arch_named
-from cuflash.plan.config import KernelConfig
+from cuflash.plan.kernel import KernelConfig
 from cuflash.plan.launch import Launch
 
 if TYPE_CHECKING:

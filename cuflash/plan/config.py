@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from cuflash.errors import ConfigError
+from cuflash.plan.kernel import KernelConfig
 
 ELEMENT_NAMES = ("none", "float16", "bfloat16", "float32", "float64", "tf32")  # order of `enum class Element` in CUDA
 ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "tf32": 4}
@@ -23,7 +23,7 @@ def round_up(value: int, multiple: int) -> int:
 
 
 @dataclass(frozen=True)
-class ForwardConfig:
+class ForwardConfig(KernelConfig):
     """Compile-time constants of the forward kernel; field order is that of the CUDA struct of the same name.
 
     head_dim and head_dim_v are exact: the kernel pads its tiles, never its inputs. A block computes block_m queries
@@ -51,12 +51,11 @@ class ForwardConfig:
     grouped: bool = False  # rows of a tile are the query heads of a group, token after token
 
     family = "forward"
+    record = "Forward"
+    resident = 1  # one suffices: else ptxas spills where that lets one more reside
 
     def __post_init__(self) -> None:
-        def require(condition: bool, field: str, must: str) -> None:
-            if not condition:
-                raise ConfigError(f"ForwardConfig.{field} = {getattr(self, field)!r}: must be {must}")
-
+        require = self.require
         require(self.dtype in ELEMENT_NAMES[1:], "dtype", f"one of {ELEMENT_NAMES[1:]}")
         require(self.bias_dtype in ("none", *ARRAY_DTYPES), "bias_dtype", f"one of {('none', *ARRAY_DTYPES)}")
         require(1 <= self.head_dim <= 512, "head_dim", "1 to 512")
@@ -75,22 +74,12 @@ class ForwardConfig:
         require(self.store_bytes in widths, "store_bytes", f"one of {widths}")
 
     @property
-    def threads(self) -> int:
-        return 32 * self.num_warps
-
-    @property
     def entry(self) -> str:
-        """Name of the kernel in the cubin."""
         return f"cuflash_forward_d{self.head_dim}_{self.head_dim_v}_{self.block_m}x{self.block_n}"
-
-    def unit(self) -> str:
-        """The CUDA source to compile: an include, the constant, an entry."""
-        # One block a multiprocessor suffices: else ptxas spills where that lets one more reside.
-        return _unit(self, "forward", f"__launch_bounds__({self.threads}, 1)", "Forward")
 
 
 @dataclass(frozen=True)
-class BackwardConfig:
+class BackwardConfig(KernelConfig):
     """Compile-time constants of the backward pass's kernels; field order is that of the CUDA struct of the same name.
 
     A block owns block_n keys and visits tiles of block_m queries. It computes block_d columns of dq and dk and block_dv
@@ -117,12 +106,11 @@ class BackwardConfig:
     mask: str = ""  # as in ForwardConfig; query tiles then come from lists
 
     family = "backward"
+    record = "Backward"
+    resident = 1
 
     def __post_init__(self) -> None:
-        def require(condition: bool, field: str, must: str) -> None:
-            if not condition:
-                raise ConfigError(f"BackwardConfig.{field} = {getattr(self, field)!r}: must be {must}")
-
+        require = self.require
         require(self.dtype in ELEMENT_NAMES[1:], "dtype", f"one of {ELEMENT_NAMES[1:]}")
         require(self.bias_dtype in ELEMENT_NAMES, "bias_dtype", f"one of {ELEMENT_NAMES}")
         require(1 <= self.head_dim <= 512, "head_dim", "1 to 512")
@@ -166,15 +154,8 @@ class BackwardConfig:
         require(self.store_bytes in widths, "store_bytes", f"one of {widths}")
 
     @property
-    def threads(self) -> int:
-        return 32 * self.num_warps
-
-    @property
     def entry(self) -> str:
         return f"cuflash_{self.family}_d{self.head_dim}_{self.head_dim_v}_{self.block_m}x{self.block_n}"
-
-    def unit(self) -> str:
-        return _unit(self, self.family, f"__launch_bounds__({self.threads}, 1)", "Backward")
 
 
 class PrepareConfig(BackwardConfig):
@@ -190,7 +171,7 @@ class FinishConfig(BackwardConfig):
 
 
 @dataclass(frozen=True)
-class BiasGradientConfig:
+class BiasGradientConfig(KernelConfig):
     """Compile-time constants of the kernel that computes the gradient of a bias, after the backward kernels.
 
     A block owns block_m rows and block_n columns of the gradient, or one where the bias has one, and visits every tile
@@ -212,12 +193,11 @@ class BiasGradientConfig:
     mask: str = ""  # as in ForwardConfig
 
     family = "bias_gradient"
+    record = "BiasGradient"
+    resident = 1
 
     def __post_init__(self) -> None:
-        def require(condition: bool, field: str, must: str) -> None:
-            if not condition:
-                raise ConfigError(f"BiasGradientConfig.{field} = {getattr(self, field)!r}: must be {must}")
-
+        require = self.require
         require(self.dtype in ELEMENT_NAMES[1:], "dtype", f"one of {ELEMENT_NAMES[1:]}")
         require(self.bias_dtype in ARRAY_DTYPES, "bias_dtype", f"one of {ARRAY_DTYPES}")
         require(1 <= self.head_dim <= 512, "head_dim", "1 to 512")
@@ -233,19 +213,12 @@ class BiasGradientConfig:
         require(self.load_bytes in (2, 4, 8, 16), "load_bytes", "2, 4, 8 or 16")
 
     @property
-    def threads(self) -> int:
-        return 32 * self.num_warps
-
-    @property
     def entry(self) -> str:
         return f"cuflash_bias_gradient_d{self.head_dim}_{self.head_dim_v}_{self.block_m}x{self.block_n}"
 
-    def unit(self) -> str:
-        return _unit(self, "bias_gradient", f"__launch_bounds__({self.threads}, 1)", "BiasGradient")
-
 
 @dataclass(frozen=True)
-class TileRowsConfig:
+class TileRowsConfig(KernelConfig):
     """Compile-time constants of the kernel that finds the tiles a mask shows, by query tile."""
 
     block_m: int  # queries and
@@ -257,22 +230,16 @@ class TileRowsConfig:
     paged: bool = False  # as in ForwardConfig
 
     family = "tile_rows"
+    record = "TileList"
+    resident = 1
 
     def __post_init__(self) -> None:
         for field in ("block_m", "block_n", "num_warps"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{type(self).__name__}.{field} = {getattr(self, field)!r}: must be >= 1")
-
-    @property
-    def threads(self) -> int:
-        return 32 * self.num_warps
+            self.require(getattr(self, field) >= 1, field, ">= 1")
 
     @property
     def entry(self) -> str:
         return f"cuflash_{self.family}_{self.block_m}x{self.block_n}"
-
-    def unit(self) -> str:
-        return _unit(self, self.family, f"__launch_bounds__({self.threads}, 1)", "TileList")
 
 
 class TileColumnsConfig(TileRowsConfig):
@@ -282,7 +249,7 @@ class TileColumnsConfig(TileRowsConfig):
 
 
 @dataclass(frozen=True)
-class CombineConfig:
+class CombineConfig(KernelConfig):
     """Compile-time constants of the kernel that merges partial attention states (split keys, `merge_states`)."""
 
     state_dtype: str  # of the partial outputs
@@ -291,150 +258,13 @@ class CombineConfig:
     num_warps: int
 
     family = "combine"
+    record = "Combine"
 
     def __post_init__(self) -> None:
         for field in ("state_dtype", "out_dtype"):
-            if getattr(self, field) not in ARRAY_DTYPES:
-                must = ", ".join(ARRAY_DTYPES)
-                raise ConfigError(f"CombineConfig.{field} = {getattr(self, field)!r}: must be one of {must}")
-        if self.head_dim_v < 1:
-            raise ConfigError(f"CombineConfig.head_dim_v = {self.head_dim_v}: must be >= 1")
-
-    @property
-    def threads(self) -> int:
-        return 32 * self.num_warps
+            self.require(getattr(self, field) in ARRAY_DTYPES, field, f"one of {', '.join(ARRAY_DTYPES)}")
+        self.require(self.head_dim_v >= 1, "head_dim_v", ">= 1")
 
     @property
     def entry(self) -> str:
         return f"cuflash_combine_d{self.head_dim_v}"
-
-    def unit(self) -> str:
-        return _unit(self, "combine", f"__launch_bounds__({self.threads})", "Combine")
-
-
-def _require(config: object, field: str, allowed: tuple[object, ...]) -> None:
-    if getattr(config, field) not in allowed:
-        raise ConfigError(f"{type(config).__name__}.{field} = {getattr(config, field)!r}: must be one of {allowed}")
-
-
-@dataclass(frozen=True)
-class SortTokensConfig:
-    """Compile-time constants of the kernel that sorts tokens by a key."""
-
-    key_bytes: int
-    is_signed: bool
-    keep: bool  # keys are truths: kept tokens first, then dropped ones, which the order names -1
-    num_warps: int
-
-    family = "sort_tokens"
-
-    def __post_init__(self) -> None:
-        _require(self, "key_bytes", (1,) if self.keep else (1, 2, 4, 8))
-        _require(self, "num_warps", (8, 16, 32))
-
-    @property
-    def threads(self) -> int:
-        return 32 * self.num_warps
-
-    @property
-    def entry(self) -> str:
-        return f"cuflash_sort_tokens_{8 * self.key_bytes}"
-
-    def unit(self) -> str:
-        return _unit(self, "sort_tokens", f"__launch_bounds__({self.threads}, 2)", "SortTokens")
-
-
-@dataclass(frozen=True)
-class VisibleRangesConfig:
-    """Compile-time constants of the kernel that finds which sorted keys each sorted query sees."""
-
-    key_bytes: int
-    num_warps: int
-
-    family = "visible_ranges"
-
-    def __post_init__(self) -> None:
-        _require(self, "key_bytes", (1, 2, 4, 8))
-        _require(self, "num_warps", (1, 2, 4, 8))
-
-    @property
-    def threads(self) -> int:
-        return 32 * self.num_warps
-
-    @property
-    def entry(self) -> str:
-        return f"cuflash_visible_ranges_{8 * self.key_bytes}"
-
-    def unit(self) -> str:
-        return _unit(self, "visible_ranges", f"__launch_bounds__({self.threads})", "VisibleRanges")
-
-
-@dataclass(frozen=True)
-class MoveRowsConfig:
-    """Compile-time constants of the kernel that moves rows: into an order, and into, within and out of blocks."""
-
-    access_bytes: int
-    lanes: int  # threads that share a row
-    rows: int  # of a thread
-    num_warps: int
-    index_bytes: int  # of an entry of the lists
-    block_size: int  # rows of a block
-    whole_blocks: bool  # lists name blocks, not rows
-
-    family = "move_rows"
-
-    def __post_init__(self) -> None:
-        _require(self, "access_bytes", (1, 2, 4, 8, 16))
-        _require(self, "lanes", (1, 2, 4, 8, 16, 32))
-        _require(self, "rows", (1, 2, 4, 8))
-        _require(self, "num_warps", (1, 2, 4, 8))
-        _require(self, "index_bytes", (4, 8))
-        if self.block_size < 1:
-            raise ConfigError(f"MoveRowsConfig.block_size = {self.block_size}: must be >= 1")
-
-    @property
-    def threads(self) -> int:
-        return 32 * self.num_warps
-
-    @property
-    def entry(self) -> str:
-        return f"cuflash_move_rows_{self.access_bytes}x{self.lanes}"
-
-    def unit(self) -> str:
-        return _unit(self, "move_rows", f"__launch_bounds__({self.threads})", "MoveRows")
-
-
-KernelConfig = (
-    ForwardConfig
-    | BackwardConfig
-    | BiasGradientConfig
-    | TileRowsConfig
-    | CombineConfig
-    | SortTokensConfig
-    | VisibleRangesConfig
-    | MoveRowsConfig
-)
-
-
-def _unit(config: KernelConfig, family: str, bounds: str, record: str) -> str:
-    """`constexpr {record}Config kConfig{.a = 1, ...}`, the mask, and an extern "C" entry that calls the kernel."""
-    values = {f.name: getattr(config, f.name) for f in fields(config)}
-    mask = values.get("mask", "")
-    body = "\n".join(f"    .{name} = {_literal(bool(mask) if name == 'mask' else values[name])}," for name in values)
-    arguments = "kConfig, cuflash::Mask" if mask else "kConfig"
-    return (
-        f'#include "kernels/{family}.cu"\n'
-        f"constexpr cuflash::{record}Config kConfig{{\n{body}\n}};\n"
-        + (f"namespace cuflash {{\n{mask}\n}}\n" if mask else "")
-        + f'extern "C" __global__ void {bounds}\n'
-        f"{config.entry}(const __grid_constant__ cuflash::{record}Params params) {{\n"
-        f"    cuflash::{family}<{arguments}>(params);\n}}\n"
-    )
-
-
-def _literal(value: object) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return f"cuflash::Element::{value}"
-    return str(value)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cuflash.plan.arch import Arch
-from cuflash.plan.config import ELEMENT_BYTES, ForwardConfig, KernelConfig, round_up
+from cuflash.plan.config import ELEMENT_BYTES, ForwardConfig, round_up
+from cuflash.plan.kernel import KernelConfig
 
 MAX_REGISTERS = 255  # of a thread
 COMPILER_REGISTERS = {"sm_100": 14}  # that the assembler was seen to need beyond the estimate, and

@@ -14,11 +14,11 @@ from cuflash.plan.config import (
     MAX_SPLITS,
     CombineConfig,
     ForwardConfig,
-    KernelConfig,
     round_up,
     state_dtype,
 )
 from cuflash.plan.cost import Work, blocks_per_sm, cycles, fits_registers, shared_bytes
+from cuflash.plan.kernel import KernelConfig
 from cuflash.plan.launch import MAX_BLOCKS, Launch
 from cuflash.plan.tile_lists import TileListPlan, plan_forward_lists
 from cuflash.problem import Problem

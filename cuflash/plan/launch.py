@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cuflash.plan.config import KernelConfig
+from cuflash.plan.kernel import KernelConfig
 
 MAX_BLOCKS = 2**31 - 1
 

@@ -10,8 +10,9 @@ from math import gcd
 from cuflash.errors import InvalidShapeError
 from cuflash.plan.arch import Arch, arch_named
 from cuflash.plan.backward import check_gradient_shape, plan_backward
-from cuflash.plan.config import ELEMENT_BYTES, KernelConfig
+from cuflash.plan.config import ELEMENT_BYTES
 from cuflash.plan.forward import max_head_dim, plan_forward
+from cuflash.plan.kernel import KernelConfig
 from cuflash.problem import Problem, default_scale
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256, 512)

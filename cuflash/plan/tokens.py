@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from cuflash.errors import InvalidValueError
-from cuflash.plan.config import MoveRowsConfig, SortTokensConfig, VisibleRangesConfig
 from cuflash.plan.launch import MAX_BLOCKS, Launch
+from cuflash.plan.token_config import MoveRowsConfig, SortTokensConfig, VisibleRangesConfig
 
 SORT_WARPS = 16
 RANGE_WARPS = 4

@@ -16,13 +16,10 @@ from cuflash.plan.config import (
     BiasGradientConfig,
     CombineConfig,
     ForwardConfig,
-    KernelConfig,
-    MoveRowsConfig,
-    SortTokensConfig,
     TileRowsConfig,
-    VisibleRangesConfig,
 )
 from cuflash.plan.cost import shared_bytes
+from cuflash.plan.kernel import KernelConfig
 from cuflash.plan.params import (
     BACKWARD_PARAMS,
     COMBINE_PARAMS,
@@ -34,6 +31,7 @@ from cuflash.plan.params import (
     VISIBLE_RANGES_PARAMS,
 )
 from cuflash.plan.shipped import shipped_configs
+from cuflash.plan.token_config import MoveRowsConfig, SortTokensConfig, VisibleRangesConfig
 
 RECORDS = {
     "ForwardParams": FORWARD_PARAMS,

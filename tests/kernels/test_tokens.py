@@ -15,7 +15,7 @@ from cuflash.errors import ConfigError
 from cuflash.io_model.tokens import gather_traffic, sort_traffic
 from cuflash.jit import compile_ptx, resources
 from cuflash.layout import Layout
-from cuflash.plan.config import MoveRowsConfig, SortTokensConfig, VisibleRangesConfig
+from cuflash.plan.token_config import MoveRowsConfig, SortTokensConfig, VisibleRangesConfig
 from cuflash.plan.tokens import MOVE_ROWS, Lists, plan_move, plan_ranges, plan_sort
 
 HASHES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
