@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,14 @@ from cuflash.plan.config import BackwardConfig, round_up
 from tests.attention.cases import Case, make
 from tests.attention.test_orders import Ordered
 from tests.devices import EmulatedDevice
-from tests.gradients.cases import check, cotangent, gradients
+from tests.gradients.cases import check, cotangent, forward_on_cpu, gradients
+
+
+@pytest.fixture(autouse=True)
+def forward_pass() -> Iterator[None]:
+    """Of no concern here; its kernels would take a third of the time."""
+    with forward_on_cpu():
+        yield
 
 
 def tiled(case: Case, deterministic: bool = True, **tile: Any) -> Case:
