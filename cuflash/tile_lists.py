@@ -21,6 +21,7 @@ from cuflash.problem import Problem
 
 LIST_BYTES, AT = records.as_bytes(TILE_LIST_PARAMS), records.address_words(TILE_LIST_PARAMS)
 INT32 = np.dtype(np.int32)
+MAX_KEPT = 256  # lists of one mask: a length that grows makes new ones at each step
 
 
 class Lengths(NamedTuple):
@@ -72,11 +73,14 @@ def tile_lists(
         counts = call.workspace(plan.count_shape, INT32, "tile_counts")
         _launch(call, launches, tables, lengths, lists, counts)
         return lists, counts
-    kept: Any = mask.kept.get((queue, plan))
+    lists_kept: dict[Any, Any] = mask.kept.setdefault("lists", {})
+    kept = lists_kept.get((queue, plan))
     if kept is None:
+        if len(lists_kept) >= MAX_KEPT:
+            del lists_kept[next(iter(lists_kept))]  # the oldest; a graph never reads what is kept
         kept = device.keep(plan.list_shape, INT32, "tile_lists"), device.keep(plan.count_shape, INT32, "tile_counts")
         _launch(call, launches, tables, lengths, kept[0].address, kept[1].address)
-        mask.kept[queue, plan] = kept
+        lists_kept[queue, plan] = kept
     return kept[0].address, kept[1].address
 
 

@@ -25,7 +25,7 @@ class TileListPlan:
     """The launches that make lists, in their order, and the shapes of int32 arrays."""
 
     launches: tuple[Launch, ...]
-    lengths: tuple[int, int]  # seqlen_q, seqlen_k
+    sizes: tuple[int, int, int]  # what else lists depend on: seqlen_q, seqlen_k and, if on heads, num_kv_heads
     tiles: tuple[int, int]  # of queries and of keys, of one head of one batch entry; packed: of one head in all
     list_shape: tuple[int, ...]
     count_shape: tuple[int, ...]
@@ -41,8 +41,7 @@ def plan_forward_lists(problem: Problem, config: ForwardConfig, q_tiles: int) ->
     )
     pitch = max(1, -(-problem.seqlen_k // config.block_n))
     launch = _launch(row_config, rows)
-    lengths = problem.seqlen_q, problem.seqlen_k
-    return TileListPlan((launch,), lengths, (q_tiles, 0), (*rows, pitch), (*rows, 2), None)
+    return TileListPlan((launch,), _sizes(problem), (q_tiles, 0), (*rows, pitch), (*rows, 2), None)
 
 
 def plan_backward_lists(problem: Problem, config: BackwardConfig, q_tiles: int, k_tiles: int) -> TileListPlan:
@@ -58,12 +57,17 @@ def plan_backward_lists(problem: Problem, config: BackwardConfig, q_tiles: int, 
     pitch = -(-problem.seqlen_q // config.block_m) * (problem.group if by_head else 1)
     return TileListPlan(
         launches,
-        (problem.seqlen_q, problem.seqlen_k),
+        _sizes(problem),
         (q_tiles, k_tiles),
         (*columns, pitch, 2),
         columns,
         (*rows, -(-problem.seqlen_k // config.block_n)),
     )
+
+
+def _sizes(problem: Problem) -> tuple[int, int, int]:
+    by_head = problem.mask is not None and problem.mask.by_head
+    return problem.seqlen_q, problem.seqlen_k, problem.num_kv_heads if by_head else 0
 
 
 def _axes(problem: Problem) -> tuple[int, int]:

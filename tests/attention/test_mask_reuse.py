@@ -53,6 +53,13 @@ class TestLists:
         assert kept.by(lambda: cuflash.attention(x * 2, x, x, mask=mask, softcap=3.0)) == FORWARD
         assert kept.by(lambda: cuflash.attention(y, y, y, mask=mask)) == FORWARD  # nor do other batches and heads
 
+    def test_the_oldest_go_where_lengths_grow(self, emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("cuflash.tile_lists.MAX_KEPT", 2)
+        mask, kept = masks.SlidingWindow(20, 3), Kept(emulated)
+        for length, made in ((50, LISTS), (60, LISTS), (50, []), (70, LISTS), (60, []), (50, LISTS)):
+            x = make(1, length, 2, 16)
+            assert kept.by(lambda x=x: cuflash.attention(x, x, x, mask=mask)) == made + FORWARD
+
     def test_pullbacks_keep_theirs(self, emulated: Any) -> None:
         mask, kept, x = masks.Butterfly(16), Kept(emulated), make(1, 70, 2, 16)
         pullbacks: list[Any] = []
