@@ -198,7 +198,6 @@ def _dense(q: Any, k: Any, v: Any, bias: Any, out: Any, asked: Scores, return_ls
     check.check_flag("return_lse", return_lse)
     kind, arrays = gather(_NAMES, (q, k, v, bias, out), _OPTIONAL)
     operands = forward.Operands(*arrays)._replace(mask=asked.mask)
-    asked = check.without_arrays(asked)
     return kind, _Question(device_of(kind, _NAMES, arrays), operands, asked, None)
 
 

@@ -65,6 +65,7 @@ def run(
     """out, lse, and what turns their cotangents (dlse: or None) into the gradients of q, k, v and, if given, bias."""
     if device is not None:
         _check_shape(operands, device)
+        asked = check.without_arrays(asked)
     out, lse = forward.run(device, operands, asked, packing, True, options)
     q, k, v, bias, *_ = operands
 

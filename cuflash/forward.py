@@ -91,8 +91,8 @@ def run(
         check.check_options(options, on_kernels=device is not None)
     layouts = tuple(None if array is None else layout(array) for array in operands[:5])
     known = _prepared_for_cpu if device is None else device.prepared
-    if device is None:
-        asked = asked._replace(mask=None)  # nothing of it is prepared: it goes when its owner lets it go
+    # Of a mask the CPU prepares nothing; what a device prepares keeps none of its arrays alive.
+    asked = asked._replace(mask=None) if device is None else check.without_arrays(asked)
     key = (layouts, asked, packing, options)
     prepared = known.get(key)
     if prepared is None:

@@ -99,7 +99,6 @@ def paged_attention(
     kind, arrays = gather(_NAMES, (q, k_cache, v_cache, bias, out), _OPTIONAL)
     device = device_of(kind, _NAMES, arrays)
     operands = forward.Operands(*arrays)._replace(mask=asked.mask)
-    asked = check.without_arrays(asked)
     table = _take_table(device, operands, block_tables, seq_lens)
     operands = operands._replace(block_tables=table.blocks, seq_lens=table.seq_lens)
     single = cu_seqlens_q is None and operands.q.ndim == 3

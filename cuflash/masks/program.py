@@ -120,6 +120,7 @@ class Program:
         layouts = tuple((table.array.shape, table.bounds) for table in other.tables)
         other.key = ("asked", self.structure, self.wholes, tuple(x.hex() for x in self.reals), layouts)
         other._hash, other._wide, other.kept = hash(other.key), {}, {}
+        other.__dict__["asked"] = other
         return other
 
     def unbound(self) -> Program:
