@@ -154,13 +154,12 @@ def contenders(what: Pass, case: Case, device: str) -> list[Contender]:
 
 def _with_lists(run: Run, case: Any) -> Run:
     """The run, with the lists of tiles forgotten before each call."""
-    from cuflash.plan.tile_lists import TileListPlan
 
     kept = case.built.program.kept
 
     def call() -> Any:
-        for key in [key for key in kept if key == "cpu" or isinstance(key[1], TileListPlan)]:
-            del kept[key]
+        for key in ("cpu", "lists"):
+            kept.pop(key, None)
         return run.call()
 
     return replace(run, call=call)
