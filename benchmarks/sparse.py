@@ -154,7 +154,6 @@ def contenders(what: Pass, case: Case, device: str) -> list[Contender]:
 
 def _with_lists(run: Run, case: Any) -> Run:
     """The run, with the lists of tiles forgotten before each call."""
-
     kept = case.built.program.kept
 
     def call() -> Any:
