@@ -283,8 +283,7 @@ def _run_paged_on_cpu(problem: Problem, operands: Operands, out: np.ndarray, lse
     packed_lse = None if lse is None else np.empty((problem.num_heads, q.shape[0]), lse.dtype)
     bias = None if operands.bias is None else full_bias(operands.bias, problem)
     packed = replace(
-        problem, total_q=q.shape[0], total_k=k.shape[0], seqlen_k=int(lengths.max(initial=0)), block_size=None,
-        mask=operands.mask,
+        problem, total_q=q.shape[0], total_k=k.shape[0], seqlen_k=int(lengths.max(initial=0)), block_size=None
     )  # fmt: skip
     forward(packed, q, k, v, bias, cu_seqlens_q, np.append(0, np.cumsum(lengths)), packed_out, packed_lse)
     out[...] = packed_out.reshape(out.shape)

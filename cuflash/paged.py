@@ -101,6 +101,8 @@ def paged_attention(
     operands = forward.Operands(*arrays)._replace(mask=asked.mask)
     table = _take_table(device, operands, block_tables, seq_lens)
     operands = operands._replace(block_tables=table.blocks, seq_lens=table.seq_lens)
+    if cu_seqlens_q is None and max_seqlen_q is not None:
+        raise InvalidValueError(f"max_seqlen_q = {max_seqlen_q!r}: must be None without cu_seqlens_q; q says how many")
     single = cu_seqlens_q is None and operands.q.ndim == 3
     if cu_seqlens_q is not None:
         operands, packing = _packed(device, operands, table, cu_seqlens_q, max_seqlen_q)

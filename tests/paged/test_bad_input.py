@@ -59,6 +59,7 @@ CASES = {
     "cu_seqlens_q.shape = (2,): must be (3,), block_tables has 2 rows": keyword(cu_seqlens_q=[0, 2]),
     "cu_seqlens_q[-1] = 3: must be at most 2, the tokens of q": keyword(cu_seqlens_q=[0, 1, 3]),
     "max_seqlen_q = 0: must be at least 1": keyword(cu_seqlens_q=[0, 1, 2], max_seqlen_q=0),
+    "max_seqlen_q = 1: must be None without cu_seqlens_q": keyword(max_seqlen_q=1),
     "causal = 1: must be True or False": keyword(causal=1),
     "return_lse = 'yes': must be True or False": keyword(return_lse="yes"),
     "bias.shape = (2, 4, 1, 39): must broadcast to": keyword(bias=np.zeros((2, 4, 1, 39), np.float32)),
