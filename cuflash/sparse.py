@@ -307,7 +307,7 @@ def _sort(question: _Question) -> _Sorted:
     mask = _RANGES.bind(*tokens.visible_ranges(device, by_q, by_k, question.shift))
     q = tokens.gather(device, question.q, by_q.order)
     k, v = (tokens.gather(device, array, by_k.order) for array in (question.k, question.v))
-    asked = question.asked._replace(mask=mask.unbound())  # what is prepared by it keeps no ranges alive
+    asked = question.asked._replace(mask=mask)
     return _Sorted(by_q, by_k, Operands(q, k, v, None, None, mask=mask), asked)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
@@ -56,10 +56,13 @@ class Program:
         self.by_head = not names.isdisjoint(("head", "kv_head"))
         dtypes = tuple((table.array.dtype.str, table.array.ndim, table.ascending) for table in self.tables)
         self.structure: Hashable = (self.steps, dtypes)
-        self.key: tuple[Hashable, ...] = (self.structure, self.wholes, tuple(x.hex() for x in self.reals), self.tables)
-        self._hash = hash(self.key)
+        self._name(self.tables)
         self._wide: dict[Lengths, bool] = {}
         self.kept: dict[Hashable, Any] = {}  # by devices: lists of tiles, tables brought there
+
+    def _name(self, tables: Hashable) -> None:
+        self.key: Hashable = (self.structure, self.wholes, tuple(x.hex() for x in self.reals), tables)
+        self._hash = hash(self.key)
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Program) and self.key == other.key)
@@ -97,15 +100,9 @@ class Program:
     def bind(self, *arrays: Any) -> Program:
         """The same program over other arrays, of the dtypes and numbers of axes of its tables.
 
-        For masks that every call makes anew: programs of one origin and arrays of the same shapes are equal, so that
-        what was prepared for one serves all. `bounds` of tables must hold for any arrays.
+        For masks that every call makes anew. `bounds` of tables must hold for any arrays.
         """
-        bound = copy(self)
-        bound.tables = tuple(replace(t, array=array) for t, array in zip(self.tables, arrays, strict=True))
-        origin = self.key[1] if self.key[0] == "bound" else self.key
-        bound.key = ("bound", origin, tuple(array.shape for array in arrays))
-        bound._hash, bound._wide, bound.kept = hash(bound.key), {}, {}
-        return bound
+        return self._over((replace(t, array=array) for t, array in zip(self.tables, arrays, strict=True)), self.fits)
 
     @cached_property
     def asked(self) -> Program:
@@ -114,18 +111,22 @@ class Program:
         Masks that differ in what their arrays hold ask for the same, and what is prepared keeps no array alive.
         """
         stand_ins = {table: table.stand_in() for table in self.tables}
-        other = copy(self)
-        other.tables = tuple(stand_ins.values())
-        other.fits = tuple((stand_ins.get(table) or table.stand_in(), axes) for table, axes in self.fits)
+        fits = tuple((stand_ins.get(table) or table.stand_in(), axes) for table, axes in self.fits)
+        other = self._over(stand_ins.values(), fits)
         layouts = tuple((table.array.shape, table.bounds) for table in other.tables)
-        other.key = ("asked", self.structure, self.wholes, tuple(x.hex() for x in self.reals), layouts)
-        other._hash, other._wide, other.kept = hash(other.key), {}, {}
+        other._name(layouts)
         other.__dict__["asked"] = other
         return other
 
-    def unbound(self) -> Program:
-        """An equal program that keeps no arrays alive: its tables have shapes and dtypes alone."""
-        return self.bind(*(np.broadcast_to(np.zeros((), t.array.dtype), t.array.shape) for t in self.tables))
+    def _over(self, tables: Iterable[Table], fits: tuple[tuple[Table, tuple[Axis, ...]], ...]) -> Program:
+        """A copy with these tables, which has nothing that was made of the others."""
+        other = copy(self)
+        other.tables, other.fits = tuple(tables), fits
+        other._name(other.tables)
+        other._wide, other.kept = {}, {}
+        for name in ("asked", "text"):
+            other.__dict__.pop(name, None)
+        return other
 
     def visible(self, at: Indices) -> np.ndarray:
         """Truths of the pairs at these indices, arrays that broadcast together. The lengths must have been checked."""
