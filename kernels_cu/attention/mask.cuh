@@ -5,6 +5,7 @@
 
 #include "attention/mask_intervals.cuh"
 #include "attention/work.cuh"
+#include "ptx/copy.cuh"
 
 namespace cuflash {
 

@@ -1,7 +1,7 @@
 // What the expression of a mask is made of, for one score.
 #pragma once
 
-#include "ptx/mask.cuh"
+#include "ptx/math.cuh"
 
 namespace cuflash {
 

@@ -95,6 +95,37 @@ __device__ __forceinline__ void load_local_v4(float (&value)[4], u32 local) {
                  : "memory");
 }
 
+// memory[0] of an array that nobody writes while the kernel runs.
+__device__ __forceinline__ u8 load_constant(const u8* memory) {
+    u32 value;
+    asm("ld.global.nc.u8 %0, [%1];" : "=r"(value) : "l"(memory));
+    return static_cast<u8>(value);
+}
+
+__device__ __forceinline__ int load_constant(const int* memory) {
+    int value;
+    asm("ld.global.nc.s32 %0, [%1];" : "=r"(value) : "l"(memory));
+    return value;
+}
+
+__device__ __forceinline__ i64 load_constant(const i64* memory) {
+    i64 value;
+    asm("ld.global.nc.s64 %0, [%1];" : "=l"(value) : "l"(memory));
+    return value;
+}
+
+__device__ __forceinline__ float load_constant(const float* memory) {
+    float value;
+    asm("ld.global.nc.f32 %0, [%1];" : "=f"(value) : "l"(memory));
+    return value;
+}
+
+__device__ __forceinline__ double load_constant(const double* memory) {
+    double value;
+    asm("ld.global.nc.f64 %0, [%1];" : "=d"(value) : "l"(memory));
+    return value;
+}
+
 // Loads that happen where they stand, whether or not the value turns out to matter.
 __device__ __forceinline__ u16 load_global_u16(const void* global) {
     u16 value;

@@ -52,6 +52,31 @@ __device__ __forceinline__ float cvt_f32_bf16(u16 bits) {
     return value;
 }
 
+// Arithmetic that no compiler fuses.
+__device__ __forceinline__ double add_rn(double x, double y) {
+    double z;
+    asm("add.rn.f64 %0, %1, %2;" : "=d"(z) : "d"(x), "d"(y));
+    return z;
+}
+
+__device__ __forceinline__ double sub_rn(double x, double y) {
+    double z;
+    asm("sub.rn.f64 %0, %1, %2;" : "=d"(z) : "d"(x), "d"(y));
+    return z;
+}
+
+__device__ __forceinline__ double mul_rn(double x, double y) {
+    double z;
+    asm("mul.rn.f64 %0, %1, %2;" : "=d"(z) : "d"(x), "d"(y));
+    return z;
+}
+
+__device__ __forceinline__ double div_rn(double x, double y) {
+    double z;
+    asm("div.rn.f64 %0, %1, %2;" : "=d"(z) : "d"(x), "d"(y));
+    return z;
+}
+
 // The 11 significant bits of TF32, rounded to nearest with ties away from zero.
 __device__ __forceinline__ u32 cvt_rna_tf32(u32 bits) {
     u32 rounded;
