@@ -17,6 +17,7 @@ Row by row, a tile of queries is a piece of a row, whose neighbourhood is spread
 from __future__ import annotations
 
 import argparse
+import importlib
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,7 +27,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-import skimage
 from rich.console import Console
 from rich.progress import track
 
@@ -35,11 +35,12 @@ from cuflash import io_model, masks
 from cuflash.plan.arch import arch_named
 from cuflash.plan.traffic import all_query_tiles, forward_traffic
 
+photo = importlib.import_module("01_denoise_photo")  # beside this file
+
 PATCH = 5  # side of a patch in pixels
 FEATURES = 10  # patches are compared by their leading principal components, which carry less noise (Tasdizen 2009)
 BANDWIDTH = 8.0  # h² in units of sigma²
 CPU_CROP = 192  # side of the square that a CPU denoises by default
-SHIPPED = ("astronaut", "chelsea", "coffee")  # photographs inside scikit-image's wheel
 PLOTTED = 64  # side of the square whose tiles are drawn
 
 
@@ -73,8 +74,8 @@ def order_of(height: int, width: int, radius: int, rows: int, columns: int) -> O
 
 def main() -> None:
     args = parse_arguments()
-    device = pick_device(args.device)
-    clean = load_picture(args.image, args.crop if args.crop is not None else CPU_CROP if device == "cpu" else 0)
+    device = photo.pick_device(args.device)
+    clean = photo.load_picture(args.image, args.crop if args.crop is not None else CPU_CROP if device == "cpu" else 0)
     height, width, _ = clean.shape
     sigma = args.sigma / 255
     noisy = clean + sigma * np.random.default_rng(0).standard_normal(clean.shape, dtype=np.float32)
@@ -100,9 +101,9 @@ def main() -> None:
 
     denoised = picture_of(without_excess(out, own, values) + mean, clean.shape)
     expected = picture_of(without_excess(direct, direct_own, values) + mean, clean.shape)
-    print(f"\n{'PSNR noisy':44}{psnr(clean, noisy):10.3f} dB")
-    print(f"{'PSNR neighbour by neighbour':44}{psnr(clean, expected):10.3f} dB")
-    print(f"{'PSNR attention to the neighbourhood':44}{psnr(clean, denoised):10.3f} dB")
+    print(f"\n{'PSNR noisy':44}{photo.psnr(clean, noisy):10.3f} dB")
+    print(f"{'PSNR neighbour by neighbour':44}{photo.psnr(clean, expected):10.3f} dB")
+    print(f"{'PSNR attention to the neighbourhood':44}{photo.psnr(clean, denoised):10.3f} dB")
     print(f"{'largest difference of a pixel, of 255':44}{255 * np.abs(denoised - expected).max():10.1e}")
     write_picture(args.output, clean, noisy, denoised, args.radius)
     print(f"wrote {args.output}")
@@ -216,38 +217,14 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
     return result, time.perf_counter() - start
 
 
-def psnr(clean: np.ndarray, other: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB, for a peak of 1."""
-    return float(-10 * np.log10(np.mean((clean - other) ** 2)))
-
-
-def load_picture(name: str, crop: int) -> np.ndarray:
-    """A colour picture as float32 in [0, 1]; its central square of side `crop` unless that is 0."""
-    picture = getattr(skimage.data, name)() if name in SHIPPED else skimage.io.imread(name)
-    if picture.ndim == 2:
-        picture = skimage.color.gray2rgb(picture)
-    picture = skimage.util.img_as_float32(picture[..., :3])
-    height, width, _ = picture.shape
-    side_y, side_x = min(crop or height, height), min(crop or width, width)
-    top, left = (height - side_y) // 2, (width - side_x) // 2
-    return picture[top : top + side_y, left : left + side_x]
-
-
-def pick_device(name: str) -> str:
-    """`name`, or for "auto" whether CuPy finds a GPU that the kernels run on (compute capability 8.0 or newer)."""
-    if name != "auto":
-        return name
-    try:
-        import cupy
-    except ImportError:
-        return "cpu"
-    return "cuda" if cupy.cuda.is_available() and int(cupy.cuda.Device().compute_capability) >= 80 else "cpu"
-
-
 def write_picture(path: str, clean: np.ndarray, noisy: np.ndarray, denoised: np.ndarray, radius: int) -> None:
     """The pictures, and which tiles the two orders visit, for a small square of pixels."""
     figure, axes = plt.subplots(1, 5, figsize=(20, 4.4), layout="constrained")
-    titles = (f"noisy, {psnr(clean, noisy):.1f} dB", f"denoised, {psnr(clean, denoised):.1f} dB", "original")
+    titles = (
+        f"noisy, {photo.psnr(clean, noisy):.1f} dB",
+        f"denoised, {photo.psnr(clean, denoised):.1f} dB",
+        "original",
+    )
     for panel, picture, title in zip(axes, (noisy, denoised, clean), titles, strict=False):
         panel.imshow(picture.clip(0, 1), interpolation="nearest")
         panel.set_title(title)
@@ -261,7 +238,7 @@ def write_picture(path: str, clean: np.ndarray, noisy: np.ndarray, denoised: np.
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Denoise a photograph by attention to a neighbourhood of each pixel.")
-    parser.add_argument("--image", default="chelsea", help=f"{', '.join(SHIPPED)} (scikit-image's) or a file")
+    parser.add_argument("--image", default="chelsea", help=f"{', '.join(photo.SHIPPED)} (scikit-image's) or a file")
     parser.add_argument("--crop", type=int, help=f"side of the central square, 0 for all; on a CPU {CPU_CROP}")
     parser.add_argument("--sigma", type=float, default=25.0, help="standard deviation of the noise, of 255")
     parser.add_argument("--radius", type=int, default=11, help="rows and columns that a pixel sees on each side")
