@@ -227,21 +227,25 @@ def test_hidden_scores_may_be_anything(device: Any) -> None:
     hold_to_oracle(case, inputs, out, lse)
 
 
-# Examples share a device: it keeps no state between runs.
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    truth,
-    st.tuples(st.integers(0, TABLE_LENGTH), st.integers(1, TABLE_LENGTH)),
-    st.sampled_from([(HEADS, HEADS), (HEADS, 1)]),
-    st.sampled_from(["float16", "float64"]),
-)
-def test_random_functions(device: Any, text: str, lengths: tuple[int, int], heads: tuple[int, int], dtype: str) -> None:
+@st.composite
+def random_cases(draw: st.DrawFn) -> Case:
+    """Cases under masks of random functions that may be asked at their lengths."""
+    lengths = draw(st.tuples(st.integers(0, TABLE_LENGTH), st.integers(1, TABLE_LENGTH)))
+    heads = draw(st.sampled_from([(HEADS, HEADS), (HEADS, 1)]))
+    dtype = draw(st.sampled_from(["float16", "float64"]))
     case = CASE.of_lengths(*lengths).but(batch=BATCH, num_heads=heads[0], num_kv_heads=heads[1], dtype=dtype)
     try:
-        case = case.but(mask=masks.where(compiled(text)))
+        case = case.but(mask=masks.where(compiled(draw(truth))))
         case.mask.program.check(Lengths(BATCH, *heads, *lengths))
     except CuflashError:  # a number that leaves int64, too many constants
         assume(False)
+    return case
+
+
+# Examples share a device: it keeps no state between runs.
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(random_cases())
+def test_random_functions(device: Any, case: Case) -> None:
     check(device, case)
 
 

@@ -7,22 +7,29 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings
 
 import cuflash
-from cuflash import CuflashError, masks
-from cuflash.masks.steps import Lengths
+from cuflash import masks
 from tests.attention import test_mask_objects
 from tests.attention.cases import Case, make, seen
 from tests.attention.pairwise import covering
-from tests.attention.test_mask_objects import CASE, MASKS, NOTHING, OF_BOTH, OF_HEAD, PACKED, UNSEEN, poisoned
+from tests.attention.test_mask_objects import (
+    CASE,
+    MASKS,
+    NOTHING,
+    OF_BOTH,
+    OF_HEAD,
+    PACKED,
+    UNSEEN,
+    poisoned,
+    random_cases,
+)
 from tests.attention.test_orders import Ordered
 from tests.devices import EmulatedDevice
 from tests.gradients.cases import check, cotangent, gradients, hold_to_oracle
 from tests.gradients.test_tiles import ORDERS, tiled
 from tests.masks.cases import CASES
-from tests.masks.expressions import BATCH, HEADS, TABLE_LENGTH, compiled, truth
 
 
 def small(case: Case, **more: Any) -> Case:
@@ -163,19 +170,8 @@ def test_what_nobody_sees_is_not_read(device: Any, name: str) -> None:
 
 # Examples share a device: it keeps no state between runs.
 @settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    truth,
-    st.tuples(st.integers(0, TABLE_LENGTH), st.integers(1, TABLE_LENGTH)),
-    st.sampled_from([(HEADS, HEADS), (HEADS, 1)]),
-    st.sampled_from(["float16", "float64"]),
-)
-def test_random_functions(device: Any, text: str, lengths: tuple[int, int], heads: tuple[int, int], dtype: str) -> None:
-    case = CASE.of_lengths(*lengths).but(batch=BATCH, num_heads=heads[0], num_kv_heads=heads[1], dtype=dtype)
-    try:
-        case = case.but(mask=masks.where(compiled(text)))
-        case.mask.program.check(Lengths(BATCH, *heads, *lengths))
-    except CuflashError:  # a number that leaves int64, too many constants
-        assume(False)
+@given(random_cases())
+def test_random_functions(device: Any, case: Case) -> None:
     check(case, device)
 
 
