@@ -57,16 +57,18 @@ def main(arguments: list[str] | None = None) -> int:
 
     console = Console()
     report = run(args, console)
-    console.print(*sparse_report.tables(report["results"]), sep="\n")
-    sparse_report.write(report, args.output, console)
+    sparse_report.plot(report["results"], args.output / "sparse.png")
+    console.print(f"wrote {args.output / 'sparse.json'} and {args.output / 'sparse.png'}")
     return 1 if any("failure" in row and row["contender"] in ("cuflash", DENSE) for row in report["results"]) else 0
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Every setting, shape, pass and case that `args` asks for, as the content of the JSON file."""
+    """Every setting, shape, pass and case that `args` asks for: a table when one shape's pass is done, and the JSON file
+    with what there is by then.
+    """
     from rich.progress import Progress
 
-    from benchmarks import machine
+    from benchmarks import machine, sparse_report
     from benchmarks.cases import parse_shape
     from benchmarks.measure import cuda_timer, host_timer
     from benchmarks.passes import PASSES
@@ -74,7 +76,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     device = driver.device_of(args.device)
     cuda = device == "cuda"
     timer = cuda_timer() if cuda else host_timer
-    results: list[dict[str, Any]] = []
+    report: dict[str, Any] = {"device": device, "machine": machine.describe(device, args.threads), "results": []}
     jobs = []
     for name in args.settings or SETTINGS:
         setting = SETTINGS[name]
@@ -86,10 +88,14 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         task = progress.add_task("sparse attention", total=sum(len(cases) for *_, cases in jobs))
         for name, what, dense, cases in jobs:
             measurement = Measurement(name, what, dense, device, timer, args.repeats or (10 if cuda else 5))
+            rows = []
             for case in cases:
-                results += measurement.rows(case, args.contenders)
+                rows += measurement.rows(case, args.contenders)
                 progress.advance(task)
-    return {"device": device, "machine": machine.describe(device, args.threads), "results": results}
+            report["results"] += rows
+            console.print(*sparse_report.tables(rows), sep="\n")
+            sparse_report.write(report, args.output)
+    return report
 
 
 class Measurement:

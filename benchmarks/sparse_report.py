@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 Row = dict[str, Any]
@@ -50,12 +49,10 @@ def _table(title: str, rows: list[Row]) -> Table:
     return view
 
 
-def write(report: dict[str, Any], folder: Path, console: Console) -> None:
-    """sparse.json and sparse.png in `folder`."""
+def write(report: dict[str, Any], folder: Path) -> None:
+    """sparse.json in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sparse.json").write_text(json.dumps(report, indent=2) + "\n")
-    plot(report["results"], folder / "sparse.png")
-    console.print(f"wrote {folder / 'sparse.json'} and {folder / 'sparse.png'}")
 
 
 def plot(rows: list[Row], path: Path) -> None:

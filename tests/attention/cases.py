@@ -238,7 +238,7 @@ def call(device: Any, case: Case, inputs: Inputs, **more: Any) -> tuple[np.ndarr
     }  # fmt: skip
     if case.packed:
         keywords |= dict(zip(("max_seqlen_q", "max_seqlen_k"), _bias_lengths(case), strict=True))
-    keywords |= more
+    keywords |= {name: value for name, value in more.items() if not isinstance(value, np.ndarray)}
 
     def dense(q: Any, k: Any, v: Any, **arrays: Any) -> Any:
         return cuflash.attention(layout.view(q), layout.view(k), layout.view(v), **arrays, **keywords)
@@ -247,10 +247,10 @@ def call(device: Any, case: Case, inputs: Inputs, **more: Any) -> tuple[np.ndarr
         views = (layout.view(x)[0] for x in (q, k, v))
         return cuflash.attention_varlen(*views, cu_seqlens_q, cu_seqlens_k, **arrays, **keywords)
 
-    bias = {} if inputs.bias is None else {"bias": inputs.bias}
+    given = {name: value for name, value in ({"bias": inputs.bias} | more).items() if isinstance(value, np.ndarray)}
     if case.packed:
-        return device.run(packed, *buffers, inputs.cu_seqlens_q, inputs.cu_seqlens_k, **bias)
-    return device.run(dense, *buffers, **bias)
+        return device.run(packed, *buffers, inputs.cu_seqlens_q, inputs.cu_seqlens_k, **given)
+    return device.run(dense, *buffers, **given)
 
 
 def expected(case: Case, inputs: Inputs, function: Callable[..., oracle.Result], **more: Any) -> oracle.Result:

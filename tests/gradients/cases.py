@@ -23,12 +23,14 @@ Cotangent = tuple[np.ndarray, np.ndarray]
 
 @contextmanager
 def forward_on_cpu() -> Iterator[None]:
-    """Within the block the CPU computes every forward pass, without options: no forward kernel is compiled, and what
-    the backward kernels get is right whatever the sources say.
+    """Within the block the CPU computes every forward pass of NumPy arrays, without options: no forward kernel is
+    compiled, and what the backward kernels get is right whatever the sources say.
     """
     run = forward.run
 
     def on_cpu(device: Any, operands: Any, asked: Any, packing: Any, return_lse: bool, options: Any) -> Any:
+        if not isinstance(operands.q, np.ndarray):
+            return run(device, operands, asked, packing, return_lse, options)
         return run(None, operands, asked, packing, return_lse, None)
 
     with mock.patch.object(forward, "run", on_cpu):
