@@ -49,6 +49,7 @@ class Setting:
 def main(arguments: list[str] | None = None) -> int:
     parse = driver.parser("sparse", __doc__ or "", masks=False)
     parse.add_argument("--settings", nargs="+", choices=list(SETTINGS), help="all by default")
+    parse.add_argument("--cases", nargs="+", help="cases whose names begin like one of these, such as 'hash, 16'")
     args = parse.parse_args(arguments)
     driver.set_threads(args.threads)
     from rich.console import Console
@@ -83,6 +84,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         for shape in map(parse_shape, args.shapes or (setting.gpu_shapes if cuda else setting.cpu_shapes)):
             for dtype in args.dtype or [setting.gpu_dtype if cuda else "float32"]:
                 dense, cases = setting.cases(shape, dtype)
+                cases = [case for case in cases if args.cases is None or case.mask.startswith(tuple(args.cases))]
                 jobs += [(name, PASSES[what], dense, cases) for what in setting.passes]
     with Progress(console=console) as progress:
         task = progress.add_task("sparse attention", total=sum(len(cases) for *_, cases in jobs))

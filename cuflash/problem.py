@@ -65,6 +65,11 @@ class Problem:
         return "" if self.mask is None else self.mask.code(self.mask.wide(self.lengths))
 
     @property
+    def mask_grain(self) -> tuple[int, int]:
+        """Queries and keys of the blocks that the mask is made of, powers of two; 0 without any."""
+        return (0, 0) if self.mask is None else self.mask.grain
+
+    @property
     def windowed(self) -> bool:
         return self.left is not None or self.right is not None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import gcd
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -128,3 +129,14 @@ def _span(value: Interval) -> str:
 def _shown(lengths: Lengths) -> str:
     pairs = zip(lengths._fields, lengths, strict=True)
     return ", ".join(f"{name} = {value}" for name, value in pairs if value is not None)
+
+
+def common_block(program: Program, axis: str) -> int:
+    """The largest power of two that divides all numbers by which the index "q" or "k" is divided; 0 without any."""
+    divisor = 0
+    for step in program.steps:
+        if step.operation in ("floor_div", "shift_right"):
+            index, by = (program.steps[i] for i in step.arguments)
+            if (index.operation, index.value, by.operation) == ("variable", axis, "literal"):
+                divisor = gcd(divisor, by.value if step.operation == "floor_div" else 1 << by.value)
+    return divisor & -divisor

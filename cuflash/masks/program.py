@@ -78,6 +78,13 @@ class Program:
         """The expression as Python would write it."""
         return text.readable(self)
 
+    @cached_property
+    def grain(self) -> tuple[int, int]:
+        """Queries and keys of the aligned blocks that the mask speaks of: the largest powers of two that divide whatever
+        their indices are divided by; 0 where they never are.
+        """
+        return analysis.common_block(self, "q"), analysis.common_block(self, "k")
+
     def code(self, wide: bool) -> str:
         """The mask as a C++ struct, of int64 arithmetic if wide."""
         return code.struct(self, wide)

@@ -19,7 +19,7 @@ from cuflash.plan.backward_cost import (
     shared_bytes,
 )
 from cuflash.plan.config import ELEMENT_BYTES, BackwardConfig, BiasGradientConfig, FinishConfig, PrepareConfig, round_up
-from cuflash.plan.forward import FEW_ROWS, required_fields
+from cuflash.plan.forward import FEW_ROWS, aligned, required_fields
 from cuflash.plan.launch import MAX_BLOCKS, Launch
 from cuflash.plan.tile_lists import TileListPlan, plan_backward_lists
 from cuflash.problem import Problem
@@ -86,7 +86,8 @@ def plan_backward(
     required = required_fields(problem, load_bytes, store_bytes, options) | {"deterministic": options.deterministic}
     config = options.backward_config
     if config is None:
-        config = _best_config(tuple(required.items()), arch, problem.seqlen_q <= FEW_ROWS)
+        few_rows = problem.seqlen_q <= FEW_ROWS
+        config = _best_config(tuple(required.items()), arch, few_rows, problem.mask_grain)
     else:
         config = replace(config, mask=problem.mask_code)
         _validate(config, required, arch)
@@ -94,11 +95,13 @@ def plan_backward(
 
 
 @cache
-def _best_config(required: tuple[tuple[str, Any], ...], arch: Arch, few_rows: bool) -> BackwardConfig:
+def _best_config(
+    required: tuple[tuple[str, Any], ...], arch: Arch, few_rows: bool, grain: tuple[int, int]
+) -> BackwardConfig:
     configs = list(_candidates(dict(required), few_rows))
     fitting = [config for config in configs if fits(config, arch)]
     if fitting:
-        return min(fitting, key=lambda config: _rank(config, arch, few_rows))
+        return min(aligned(fitting, grain), key=lambda config: _rank(config, arch, few_rows))
     # The widest heads: whatever has the shared memory, and spills least.
     return min(
         (config for config in configs if shared_bytes(config) <= arch.shared_per_block),

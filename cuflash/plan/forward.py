@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import TypeVar
 
 from cuflash.errors import ConfigError, InvalidValueError
 from cuflash.options import Options
@@ -12,6 +13,7 @@ from cuflash.plan.arch import Arch
 from cuflash.plan.config import (
     ELEMENT_BYTES,
     MAX_SPLITS,
+    BackwardConfig,
     CombineConfig,
     ForwardConfig,
     round_up,
@@ -33,6 +35,10 @@ DECODE_TILES = ((16, 1), (32, 2), (64, 4))  # rows and warps, for few queries ov
 DECODE_WARPS = 6  # of a multiprocessor, which issue what it takes to use the keys and values as fast as they come
 MIN_DECODE_SPLIT_KEYS = 128
 COMBINE_WARPS = 4
+LEAST_GRAIN = 16  # queries or keys of a mask's blocks by which tiles are chosen, and
+LEAST_TILE = 64  # queries and keys of a tile below which it is too slow to gain by that
+
+Config = TypeVar("Config", ForwardConfig, BackwardConfig)
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ def plan_forward(
     def best(split: bool) -> ForwardConfig:
         if _is_decode(problem):
             return _decode_config(fields, arch, next((tile for tile in DECODE_TILES if rows <= tile[0]), None), split)
-        return _best_config(fields, arch, rows <= FEW_ROWS, split)
+        return _best_config(fields, arch, rows <= FEW_ROWS, split, problem.mask_grain)
 
     config = best(split=False)
     splits = options.num_splits or _num_splits(problem, config, arch, sms)
@@ -132,11 +138,28 @@ def _decode_config(
 
 
 @cache
-def _best_config(required: tuple[tuple[str, object], ...], arch: Arch, few_rows: bool, split: bool) -> ForwardConfig:
-    """The configuration that is cheapest for long sequences. No length enters, so that none asks for a compilation."""
+def _best_config(
+    required: tuple[tuple[str, object], ...], arch: Arch, few_rows: bool, split: bool, grain: tuple[int, int] = (0, 0)
+) -> ForwardConfig:
+    """The configuration that is cheapest for long sequences. No length enters, so that none asks for a compilation.
+
+    `grain`: of a mask; see `aligned`.
+    """
     row_tiles = _row_tiles(dict(required), few_rows)
     configs = [config for config in _candidates(dict(required), row_tiles, split) if _fits(config, arch)]
-    return min(configs, key=lambda config: clocks_per_query(config, arch, few_rows))
+    return min(aligned(configs, grain), key=lambda config: clocks_per_query(config, arch, few_rows))
+
+
+def aligned(configs: list[Config], grain: tuple[int, int]) -> list[Config]:
+    """Those whose tiles lie within the blocks that a mask is made of, so that none is visible in part; all if none does.
+
+    `grain`: queries and keys of a block, 0 without. Tiles have at least LEAST_TILE keys where such tiles are.
+    """
+    most = [max(size, LEAST_TILE) if size >= LEAST_GRAIN else 0 for size in grain]
+    if not any(most):
+        return configs
+    within = [c for c in configs if most[0] % c.block_m == 0 and most[1] % c.block_n == 0]
+    return [c for c in within if c.block_n >= LEAST_TILE] or within or configs
 
 
 def clocks_per_query(config: ForwardConfig, arch: Arch, few_rows: bool) -> float:
