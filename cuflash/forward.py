@@ -115,12 +115,16 @@ def _prepare(
     options: Options | None,
 ) -> Prepared:
     q, k, v, bias, out = layouts
+    out_rows = q.shape[:-1]
+    single = packing is not None and packing.single
+    if single:
+        q = q.with_token_axis()
     problem = check.problem(q, k, v, bias, asked, packing)
     if device is not None:
         check.check_kernel_limits(problem, device.arch)
     if options is not None:
         check.check_precision(problem, options)
-    out_shape = (*q.shape[:-1], problem.head_dim_v)
+    out_shape = (*out_rows, problem.head_dim_v)
     if out is not None:
         check.check_out(out, out_shape, q.dtype)
     lse_shape = {4: q.shape[:1] + q.shape[2:0:-1], 3: q.shape[1::-1], 2: q.shape[:1]}[len(q.shape)]
@@ -129,7 +133,7 @@ def _prepare(
         tuple(name for name, array in zip("qkv", (q, k, v), strict=True) if not array.rows_contiguous),
         out_shape,
         q.dtype,
-        lse_shape,
+        lse_shape[:2] if single else lse_shape,
         np.dtype(np.float64 if problem.dtype == "float64" else np.float32),
         None,
     )
@@ -138,6 +142,8 @@ def _prepare(
     q, k, v = (array if array.rows_contiguous else array.contiguous() for array in (q, k, v))
     if out is None:
         out = Layout(out_shape, contiguous_strides(out_shape, q.dtype.itemsize), q.dtype, 0)
+    if single:
+        out = out.with_token_axis()
     return replace(prepared, launches=_launches(device, problem, (q, k, v, bias, out), lse_shape, options or Options()))
 
 
@@ -276,8 +282,9 @@ def _run_paged_on_cpu(problem: Problem, operands: Operands, out: np.ndarray, lse
     in_used_blocks = tokens.reshape(*tables.shape, block_size)[used].ravel()
     k, v = (x[tables[used]].reshape(-1, *x.shape[2:])[in_used_blocks] for x in (operands.k, operands.v))
     q, cu_seqlens_q = operands.q, operands.cu_seqlens_q
+    single = cu_seqlens_q is None and q.ndim == 3
     if cu_seqlens_q is None:
-        q = q.reshape(-1, *q.shape[2:])
+        q = q.reshape(-1, *q.shape[-2:])
         cu_seqlens_q = np.arange(problem.batch + 1) * problem.seqlen_q
     packed_out = np.empty((q.shape[0], *out.shape[-2:]), out.dtype)
     packed_lse = None if lse is None else np.empty((problem.num_heads, q.shape[0]), lse.dtype)
@@ -289,7 +296,7 @@ def _run_paged_on_cpu(problem: Problem, operands: Operands, out: np.ndarray, lse
     out[...] = packed_out.reshape(out.shape)
     if lse is not None and packed_lse is not None:
         in_rows = packed_lse.T.reshape(*out.shape[:-1])  # (tokens, heads) or (batch, seqlen_q, heads)
-        lse[...] = np.moveaxis(in_rows, -1, -2)
+        lse[...] = in_rows if single else np.moveaxis(in_rows, -1, -2)
 
 
 def normal(array: np.ndarray, varlen: bool) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -98,9 +99,9 @@ class _Call:
     write = update = read
 
     def workspace(self, shape: tuple[int, ...], dtype: np.dtype, name: str) -> int:
-        array = cupy.empty(shape, dtype)
-        self._workspaces.append(array)
-        return int(array.data.ptr)
+        memory = cupy.cuda.alloc(math.prod(shape) * dtype.itemsize)  # an array around it costs more than the memory
+        self._workspaces.append(memory)
+        return int(memory.ptr)
 
 
 _devices: dict[int, CudaDevice] = {}
