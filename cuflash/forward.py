@@ -12,7 +12,7 @@ import numpy as np
 
 from cuflash import check, records, tile_lists
 from cuflash.check import Packing, Scores
-from cuflash.device import Call, Device, Kernel
+from cuflash.device import Call, Device, Kernel, Workspaces, workspaces
 from cuflash.layout import Layout, NativeArray, check_separate, contiguous_strides, layout
 from cuflash.masks.program import Program
 from cuflash.options import Options
@@ -49,7 +49,7 @@ class Split:
 
     combine: Kernel
     words: np.ndarray
-    partials: records.Partials
+    partials: Workspaces  # outputs, then lse
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def run(
     """Answer a call on a device, or on the CPU where it is None; raises before anything is computed or written."""
     if options is not None:
         check.check_options(options, on_kernels=device is not None)
-    layouts = tuple(None if array is None else layout(array) for array in operands[:5])
+    layouts = tuple([None if array is None else layout(array) for array in operands[:5]])
     known = _prepared_for_cpu if device is None else device.prepared
     # Of a mask the CPU prepares nothing; what a device prepares keeps none of its arrays alive.
     asked = asked._replace(mask=None) if device is None else check.without_arrays(asked)
@@ -168,10 +168,13 @@ def _launches(
     lists = None if plan.lists is None else tile_lists.prepare(device, problem, plan.lists)
     if plan.combine is None:
         return Launches(forward, words, None, lists)
+    partials = records.partials(problem, plan.num_splits)
     split = Split(
         device.load(plan.combine),
         records.as_words(records.split_combine_record(problem, plan.num_splits, out, lse_shape)),
-        records.partials(problem, plan.num_splits),
+        workspaces(
+            ("o_partial", partials.shape, partials.dtype), ("lse_partial", partials.lse_shape, partials.dtype)
+        ),
     )
     return Launches(forward, words, split, lists)
 
@@ -220,8 +223,7 @@ def _launch(
         words[AT["o"]], words[AT["lse"]] = o_address, lse_address
         launches.forward(words.view(FORWARD_BYTES))
         return
-    words[AT["o"]] = call.workspace(split.partials.shape, split.partials.dtype, "o_partial")
-    words[AT["lse"]] = call.workspace(split.partials.lse_shape, split.partials.dtype, "lse_partial")
+    words[AT["o"]], words[AT["lse"]] = call.workspaces(split.partials)
     launches.forward(words.view(FORWARD_BYTES))
     merge = split.words.copy()
     merge[COMBINE_AT["states"]] += words[AT["o"]]

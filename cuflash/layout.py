@@ -50,7 +50,8 @@ def address(array: NativeArray) -> int:
     """Address of the first element."""
     if type(array) is np.ndarray:
         return int(array.__array_interface__["data"][0])
-    return int(array.data.ptr)
+    address: int = array.data.ptr
+    return address
 
 
 def layout(array: NativeArray) -> Layout:

@@ -129,26 +129,27 @@ class _Table(NamedTuple):
 def _take_table(
     device: Device | None, q: NativeArray, k: NativeArray, v: NativeArray, block_tables: Any, seq_lens: Any
 ) -> _Table:
-    for name, cache in (("k_cache", k), ("v_cache", v)):
-        if cache.ndim != 4 or cache.shape[1] < 1:
+    k_shape, v_shape = k.shape, v.shape
+    for name, cache, shape in (("k_cache", k, k_shape), ("v_cache", v, v_shape)):
+        if len(shape) != 4 or shape[1] < 1:
             axes = "(num_blocks, block_size, num_kv_heads, dim), block_size at least 1"
-            raise InvalidShapeError(f"{name}.shape = {cache.shape}: must be {axes}")
+            raise InvalidShapeError(f"{name}.shape = {shape}: must be {axes}")
         if cache.dtype != q.dtype:
             raise InvalidDtypeError(f"{name}.dtype = {cache.dtype}: must be {q.dtype}, the dtype of q")
-    if k.shape[3] != q.shape[-1]:
-        have = k.shape[3]
-        raise InvalidShapeError(f"k_cache.shape = {k.shape}: head_dim {have} must be {q.shape[-1]}, that of q")
-    if v.shape[:2] != k.shape[:2]:
-        raise InvalidShapeError(f"v_cache.shape = {v.shape}: must begin with {k.shape[:2]}, as k_cache does")
+    if k_shape[3] != q.shape[-1]:
+        have = k_shape[3]
+        raise InvalidShapeError(f"k_cache.shape = {k_shape}: head_dim {have} must be {q.shape[-1]}, that of q")
+    if v_shape[:2] != k_shape[:2]:
+        raise InvalidShapeError(f"v_cache.shape = {v_shape}: must begin with {k_shape[:2]}, as k_cache does")
     blocks = _whole_numbers(device, "block_tables", block_tables, 2, "(batch, max_blocks)")
     lengths = _whole_numbers(device, "seq_lens", seq_lens, 1, "(batch,)")
     if lengths.shape[0] != blocks.shape[0]:
         raise InvalidShapeError(f"seq_lens.shape = {lengths.shape}: must be {blocks.shape[:1]}, one per block table")
-    table = _Table(blocks, lengths, int(k.shape[1]))
+    table = _Table(blocks, lengths, k_shape[1])
     if type(lengths) is np.ndarray:
         _check_lengths(lengths, table.room)
         if type(blocks) is np.ndarray:
-            _check_blocks(blocks, lengths, table.block_size, k.shape[0])
+            _check_blocks(blocks, lengths, table.block_size, k_shape[0])
     return table
 
 
