@@ -77,7 +77,7 @@ def with_window(mask: Mask, left: int | None, right: int | None) -> Mask:
         return mask
     kept = mask._windowed.get((left, right))
     if kept is None:
-        kept = mask._windowed.setdefault((left, right), mask & SlidingWindow(left, right))  # of another thread, if first
+        kept = mask._windowed.setdefault((left, right), mask & SlidingWindow(left, right))  # of two threads one sets it
     return kept
 
 
