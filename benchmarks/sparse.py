@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Every setting, shape, pass and case that `args` asks for: a table when one shape's pass is done, and the JSON file
+    """Every setting, shape, pass and case that `args` asks for: a table when one shape is done, and the JSON file
     with what there is by then.
     """
     from rich.progress import Progress

@@ -40,13 +40,13 @@ def gather(
     Raises InvalidTypeError where a value is no array or of another kind than the first, DeviceError where its device
     is out of reach.
     """
-    kind = kind_of(values[0], names[0])
+    first, kind = type(values[0]), kind_of(values[0], names[0])
     native: list[NativeArray | None] = []
     for name, value in zip(names, values, strict=True):
         if value is None and name in optional:
             native.append(None)
             continue
-        if kind_of(value, name) is not kind:
+        if type(value) is not first and kind_of(value, name) is not kind:
             raise InvalidTypeError(
                 f"{name} is a {type_name(value)}: must be the same kind of array as {names[0]}, "
                 f"a {type_name(values[0])}"
@@ -118,6 +118,14 @@ def _same(array: NativeArray) -> NativeArray:
 
 NUMPY = Kind("numpy", lambda array, name: array if type(array) is np.ndarray else np.asarray(array), _same)
 CUPY = Kind("cupy", lambda array, name: array, _same)
+
+
+def give(kind: Kind, out: Any, result: NativeArray, lse: NativeArray | None) -> Any:
+    """What the caller gets. A result in `out` is given all the same: that orders the caller's stream after ours."""
+    returned = kind.give(result)
+    if out is not None:
+        returned = out
+    return returned if lse is None else (returned, kind.give(lse))
 
 
 def device_of(kind: Kind, names: Sequence[str], arrays: Sequence[NativeArray | None]) -> Device | None:

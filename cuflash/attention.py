@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from cuflash import backward, check, forward
-from cuflash.arrays import Kind, device_of, gather
+from cuflash.arrays import Kind, device_of, gather, give
 from cuflash.check import Packing, Scores
 from cuflash.device import Device
 from cuflash.layout import NativeArray
@@ -107,7 +107,7 @@ def attention(
     (2, 100, 4, 64)
     """
     kind, question = _dense(q, k, v, bias, out, check.scores(causal, window, scale, softcap, mask), return_lse)
-    return _give(kind, out, *forward.run(*question, bool(return_lse), options))
+    return give(kind, out, *forward.run(*question, bool(return_lse), options))
 
 
 def attention_varlen(
@@ -182,7 +182,7 @@ def attention_varlen(
     asked = check.scores(causal, window, scale, softcap, mask)
     cu_seqlens, max_seqlens = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
     kind, question = _packed(q, k, v, bias, out, cu_seqlens, max_seqlens, asked, return_lse)
-    return _give(kind, out, *forward.run(*question, bool(return_lse), options))
+    return give(kind, out, *forward.run(*question, bool(return_lse), options))
 
 
 class _Question(NamedTuple):
@@ -197,7 +197,8 @@ class _Question(NamedTuple):
 def _dense(q: Any, k: Any, v: Any, bias: Any, out: Any, asked: Scores, return_lse: bool) -> tuple[Kind, _Question]:
     check.check_flag("return_lse", return_lse)
     kind, arrays = gather(_NAMES, (q, k, v, bias, out), _OPTIONAL)
-    operands = forward.Operands(*arrays)._replace(mask=asked.mask)
+    q, k, v, bias, out = arrays
+    operands = forward.Operands(q, k, v, bias, out, mask=asked.mask)
     return kind, _Question(device_of(kind, _NAMES, arrays), operands, asked, None)
 
 
@@ -225,14 +226,6 @@ def _biased_axes(bias: NativeArray | None) -> tuple[bool, bool]:
     """Whether a bias has an axis along the queries and one along the keys."""
     along_q, along_k = ((1, 1) if bias is None else (1, 1, *bias.shape))[-2:]
     return along_q != 1, along_k != 1
-
-
-def _give(kind: Kind, out: Any, result: NativeArray, lse: NativeArray | None) -> Any:
-    """What the caller gets. A result in `out` is given all the same: that orders the caller's stream after ours."""
-    returned = kind.give(result)
-    if out is not None:
-        returned = out
-    return returned if lse is None else (returned, kind.give(lse))
 
 
 def _attention_vjp(

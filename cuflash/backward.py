@@ -13,7 +13,7 @@ import numpy as np
 
 from cuflash import check, forward, records, tile_lists
 from cuflash.check import Packing, Scores
-from cuflash.device import Call, Device, Kernel
+from cuflash.device import Call, Device, Kernel, Workspaces, workspaces
 from cuflash.forward import MAX_PREPARED, Operands, full_bias, normal
 from cuflash.layout import NativeArray, layout
 from cuflash.options import Options
@@ -48,7 +48,7 @@ class Launches:
     kernels: tuple[Kernel, ...]
     words: np.ndarray
     lists: ListLaunches | None
-    workspaces: tuple[tuple[str, tuple[int, ...], np.dtype], ...]
+    workspaces: Workspaces
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +128,14 @@ def _prepare(
         gradients["dbias"] = bias.contiguous()
     words = records.as_words(records.backward_record(problem, plan, arrays | gradients))
     sums = arrays["lse"].dtype
-    workspaces = (
+    row_sums = workspaces(
         ("row_lse", plan.row_shape, sums),
         ("row_delta", plan.row_shape, sums),
         ("dq_sum", plan.sum_shape, sums),
         ("turns", plan.turn_shape, UINT32),
     )
     lists = None if plan.lists is None else tile_lists.prepare(device, problem, plan.lists)
-    return Prepared(tuple(copied), Launches(tuple(map(device.load, plan.launches)), words, lists, workspaces))
+    return Prepared(tuple(copied), Launches(tuple(map(device.load, plan.launches)), words, lists, row_sums))
 
 
 def _run_on_device(device: Device, prepared: Prepared, kept: Kept, operands: Operands) -> tuple[NativeArray, ...]:
@@ -171,8 +171,8 @@ def _launch(
         words[AT["mask_tables"]], (words[AT["tile_lists"]], words[AT["tile_counts"]]) = tables, lists
     for name, array in zip(("dq", "dk", "dv", "dbias"), gradients, strict=False):
         words[AT[name]] = call.write(array, name)
-    for name, shape, dtype in launches.workspaces:
-        words[AT[name]] = call.workspace(shape, dtype, name)
+    for (name, *_), address in zip(launches.workspaces.arrays, call.workspaces(launches.workspaces), strict=True):
+        words[AT[name]] = address
     record = words.view(BACKWARD_BYTES)
     for kernel in launches.kernels:
         kernel(record)

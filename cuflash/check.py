@@ -49,6 +49,7 @@ class Packing(NamedTuple):
     max_seqlen_k: int
     packed: bool = True  # queries are; else all sequences have as many
     block_size: int | None = None  # of the cache, if keys are in one; else they are packed
+    single: bool = False  # one query a sequence: q and out lack the token axis, lse too
 
 
 def scores(causal: object, window: object, scale: object, softcap: object, mask: object = None) -> Scores:

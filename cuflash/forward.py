@@ -12,7 +12,7 @@ import numpy as np
 
 from cuflash import check, records, tile_lists
 from cuflash.check import Packing, Scores
-from cuflash.device import Call, Device, Kernel
+from cuflash.device import Call, Device, Kernel, Workspaces, workspaces
 from cuflash.layout import Layout, NativeArray, check_separate, contiguous_strides, layout
 from cuflash.masks.program import Program
 from cuflash.options import Options
@@ -49,7 +49,7 @@ class Split:
 
     combine: Kernel
     words: np.ndarray
-    partials: records.Partials
+    partials: Workspaces  # outputs, then lse
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def run(
     """Answer a call on a device, or on the CPU where it is None; raises before anything is computed or written."""
     if options is not None:
         check.check_options(options, on_kernels=device is not None)
-    layouts = tuple(None if array is None else layout(array) for array in operands[:5])
+    layouts = tuple([None if array is None else layout(array) for array in operands[:5]])
     known = _prepared_for_cpu if device is None else device.prepared
     # Of a mask the CPU prepares nothing; what a device prepares keeps none of its arrays alive.
     asked = asked._replace(mask=None) if device is None else check.without_arrays(asked)
@@ -115,12 +115,16 @@ def _prepare(
     options: Options | None,
 ) -> Prepared:
     q, k, v, bias, out = layouts
+    out_rows = q.shape[:-1]
+    single = packing is not None and packing.single
+    if single:
+        q = q.with_token_axis()
     problem = check.problem(q, k, v, bias, asked, packing)
     if device is not None:
         check.check_kernel_limits(problem, device.arch)
     if options is not None:
         check.check_precision(problem, options)
-    out_shape = (*q.shape[:-1], problem.head_dim_v)
+    out_shape = (*out_rows, problem.head_dim_v)
     if out is not None:
         check.check_out(out, out_shape, q.dtype)
     lse_shape = {4: q.shape[:1] + q.shape[2:0:-1], 3: q.shape[1::-1], 2: q.shape[:1]}[len(q.shape)]
@@ -129,7 +133,7 @@ def _prepare(
         tuple(name for name, array in zip("qkv", (q, k, v), strict=True) if not array.rows_contiguous),
         out_shape,
         q.dtype,
-        lse_shape,
+        lse_shape[:2] if single else lse_shape,
         np.dtype(np.float64 if problem.dtype == "float64" else np.float32),
         None,
     )
@@ -138,6 +142,8 @@ def _prepare(
     q, k, v = (array if array.rows_contiguous else array.contiguous() for array in (q, k, v))
     if out is None:
         out = Layout(out_shape, contiguous_strides(out_shape, q.dtype.itemsize), q.dtype, 0)
+    if single:
+        out = out.with_token_axis()
     return replace(prepared, launches=_launches(device, problem, (q, k, v, bias, out), lse_shape, options or Options()))
 
 
@@ -162,10 +168,13 @@ def _launches(
     lists = None if plan.lists is None else tile_lists.prepare(device, problem, plan.lists)
     if plan.combine is None:
         return Launches(forward, words, None, lists)
+    partials = records.partials(problem, plan.num_splits)
     split = Split(
         device.load(plan.combine),
         records.as_words(records.split_combine_record(problem, plan.num_splits, out, lse_shape)),
-        records.partials(problem, plan.num_splits),
+        workspaces(
+            ("o_partial", partials.shape, partials.dtype), ("lse_partial", partials.lse_shape, partials.dtype)
+        ),
     )
     return Launches(forward, words, split, lists)
 
@@ -214,8 +223,7 @@ def _launch(
         words[AT["o"]], words[AT["lse"]] = o_address, lse_address
         launches.forward(words.view(FORWARD_BYTES))
         return
-    words[AT["o"]] = call.workspace(split.partials.shape, split.partials.dtype, "o_partial")
-    words[AT["lse"]] = call.workspace(split.partials.lse_shape, split.partials.dtype, "lse_partial")
+    words[AT["o"]], words[AT["lse"]] = call.workspaces(split.partials)
     launches.forward(words.view(FORWARD_BYTES))
     merge = split.words.copy()
     merge[COMBINE_AT["states"]] += words[AT["o"]]
@@ -276,8 +284,9 @@ def _run_paged_on_cpu(problem: Problem, operands: Operands, out: np.ndarray, lse
     in_used_blocks = tokens.reshape(*tables.shape, block_size)[used].ravel()
     k, v = (x[tables[used]].reshape(-1, *x.shape[2:])[in_used_blocks] for x in (operands.k, operands.v))
     q, cu_seqlens_q = operands.q, operands.cu_seqlens_q
+    single = cu_seqlens_q is None and q.ndim == 3
     if cu_seqlens_q is None:
-        q = q.reshape(-1, *q.shape[2:])
+        q = q.reshape(-1, *q.shape[-2:])
         cu_seqlens_q = np.arange(problem.batch + 1) * problem.seqlen_q
     packed_out = np.empty((q.shape[0], *out.shape[-2:]), out.dtype)
     packed_lse = None if lse is None else np.empty((problem.num_heads, q.shape[0]), lse.dtype)
@@ -289,7 +298,7 @@ def _run_paged_on_cpu(problem: Problem, operands: Operands, out: np.ndarray, lse
     out[...] = packed_out.reshape(out.shape)
     if lse is not None and packed_lse is not None:
         in_rows = packed_lse.T.reshape(*out.shape[:-1])  # (tokens, heads) or (batch, seqlen_q, heads)
-        lse[...] = np.moveaxis(in_rows, -1, -2)
+        lse[...] = in_rows if single else np.moveaxis(in_rows, -1, -2)
 
 
 def normal(array: np.ndarray, varlen: bool) -> np.ndarray:

@@ -27,6 +27,11 @@ class Layout(NamedTuple):
         """Whether neighbours along the last axis are neighbours in memory."""
         return self.shape[-1] <= 1 or self.strides[-1] == self.dtype.itemsize
 
+    def with_token_axis(self) -> Layout:
+        """The layout of the view [:, None]."""
+        (batch, *shape), (stride, *strides) = self.shape, self.strides
+        return self._replace(shape=(batch, 1, *shape), strides=(stride, 0, *strides))
+
     def contiguous(self) -> Layout:
         """The layout of a fresh C-contiguous copy."""
         return Layout(self.shape, contiguous_strides(self.shape, self.dtype.itemsize), self.dtype, 0)
@@ -45,7 +50,8 @@ def address(array: NativeArray) -> int:
     """Address of the first element."""
     if type(array) is np.ndarray:
         return int(array.__array_interface__["data"][0])
-    return int(array.data.ptr)
+    address: int = array.data.ptr
+    return address
 
 
 def layout(array: NativeArray) -> Layout:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuflash import check, forward
-from cuflash.arrays import Kind, device_of, gather, kind_of
+from cuflash.arrays import device_of, gather, give, kind_of
 from cuflash.check import Packing
 from cuflash.device import Device, check_placed
 from cuflash.errors import InvalidDtypeError, InvalidShapeError, InvalidValueError
@@ -98,18 +98,19 @@ def paged_attention(
     check.check_flag("return_lse", return_lse)
     kind, arrays = gather(_NAMES, (q, k_cache, v_cache, bias, out), _OPTIONAL)
     device = device_of(kind, _NAMES, arrays)
-    operands = forward.Operands(*arrays)._replace(mask=asked.mask)
-    table = _take_table(device, operands, block_tables, seq_lens)
-    operands = operands._replace(block_tables=table.blocks, seq_lens=table.seq_lens)
-    if cu_seqlens_q is None and max_seqlen_q is not None:
-        raise InvalidValueError(f"max_seqlen_q = {max_seqlen_q!r}: must be None without cu_seqlens_q; q says how many")
-    single = cu_seqlens_q is None and operands.q.ndim == 3
+    q, k, v, bias, native_out = arrays
+    table = _take_table(device, q, k, v, block_tables, seq_lens)
+    offsets = None
     if cu_seqlens_q is not None:
-        operands, packing = _packed(device, operands, table, cu_seqlens_q, max_seqlen_q)
+        offsets, packing = _packed(device, q, bias, table, cu_seqlens_q, max_seqlen_q)
+    elif max_seqlen_q is not None:
+        raise InvalidValueError(f"max_seqlen_q = {max_seqlen_q!r}: must be None without cu_seqlens_q; q says how many")
     else:
-        operands, packing = _dense(operands, table, single)
-    result, lse = forward.run(device, operands, asked, packing, bool(return_lse), options)
-    return _give(kind, single, out, result, lse)
+        packing = _dense(q, table)
+    operands = forward.Operands(
+        q, k, v, bias, native_out, offsets, None, table.blocks, table.seq_lens, asked.mask
+    )  # fmt: skip
+    return give(kind, out, *forward.run(device, operands, asked, packing, bool(return_lse), options))
 
 
 class _Table(NamedTuple):
@@ -125,28 +126,30 @@ class _Table(NamedTuple):
         return int(self.blocks.shape[1]) * self.block_size
 
 
-def _take_table(device: Device | None, operands: forward.Operands, block_tables: Any, seq_lens: Any) -> _Table:
-    k, v = operands.k, operands.v
-    for name, cache in (("k_cache", k), ("v_cache", v)):
-        if cache.ndim != 4 or cache.shape[1] < 1:
+def _take_table(
+    device: Device | None, q: NativeArray, k: NativeArray, v: NativeArray, block_tables: Any, seq_lens: Any
+) -> _Table:
+    k_shape, v_shape = k.shape, v.shape
+    for name, cache, shape in (("k_cache", k, k_shape), ("v_cache", v, v_shape)):
+        if len(shape) != 4 or shape[1] < 1:
             axes = "(num_blocks, block_size, num_kv_heads, dim), block_size at least 1"
-            raise InvalidShapeError(f"{name}.shape = {cache.shape}: must be {axes}")
-        if cache.dtype != operands.q.dtype:
-            raise InvalidDtypeError(f"{name}.dtype = {cache.dtype}: must be {operands.q.dtype}, the dtype of q")
-    if k.shape[3] != operands.q.shape[-1]:
-        have = k.shape[3]
-        raise InvalidShapeError(f"k_cache.shape = {k.shape}: head_dim {have} must be {operands.q.shape[-1]}, that of q")
-    if v.shape[:2] != k.shape[:2]:
-        raise InvalidShapeError(f"v_cache.shape = {v.shape}: must begin with {k.shape[:2]}, as k_cache does")
+            raise InvalidShapeError(f"{name}.shape = {shape}: must be {axes}")
+        if cache.dtype != q.dtype:
+            raise InvalidDtypeError(f"{name}.dtype = {cache.dtype}: must be {q.dtype}, the dtype of q")
+    if k_shape[3] != q.shape[-1]:
+        have = k_shape[3]
+        raise InvalidShapeError(f"k_cache.shape = {k_shape}: head_dim {have} must be {q.shape[-1]}, that of q")
+    if v_shape[:2] != k_shape[:2]:
+        raise InvalidShapeError(f"v_cache.shape = {v_shape}: must begin with {k_shape[:2]}, as k_cache does")
     blocks = _whole_numbers(device, "block_tables", block_tables, 2, "(batch, max_blocks)")
     lengths = _whole_numbers(device, "seq_lens", seq_lens, 1, "(batch,)")
     if lengths.shape[0] != blocks.shape[0]:
         raise InvalidShapeError(f"seq_lens.shape = {lengths.shape}: must be {blocks.shape[:1]}, one per block table")
-    table = _Table(blocks, lengths, int(k.shape[1]))
+    table = _Table(blocks, lengths, k_shape[1])
     if type(lengths) is np.ndarray:
         _check_lengths(lengths, table.room)
         if type(blocks) is np.ndarray:
-            _check_blocks(blocks, lengths, table.block_size, k.shape[0])
+            _check_blocks(blocks, lengths, table.block_size, k_shape[0])
     return table
 
 
@@ -183,40 +186,31 @@ def _check_blocks(block_tables: np.ndarray, seq_lens: np.ndarray, block_size: in
         )
 
 
-def _dense(operands: forward.Operands, table: _Table, single: bool) -> tuple[forward.Operands, Packing]:
+def _dense(q: NativeArray, table: _Table) -> Packing:
     """As many queries for each sequence."""
-    q, batch = operands.q, table.seq_lens.shape[0]
+    batch = table.seq_lens.shape[0]
     if q.ndim not in (3, 4):
         axes = "(batch, num_heads, head_dim), (batch, seqlen_q, num_heads, head_dim) or packed with cu_seqlens_q"
         raise InvalidShapeError(f"q.shape = {tuple(q.shape)}: must be {axes}")
     if q.shape[0] != batch:
         raise InvalidShapeError(f"q.shape = {tuple(q.shape)}: batch {q.shape[0]} must be {batch}, that of block_tables")
-    if single:
-        if operands.out is not None and operands.out.shape != (*q.shape[:-1], operands.v.shape[-1]):
-            want = (*q.shape[:-1], operands.v.shape[-1])
-            raise InvalidShapeError(f"out.shape = {tuple(operands.out.shape)}: must be {want}")
-        operands = operands._replace(q=q[:, None], out=None if operands.out is None else operands.out[:, None])
-    return operands, Packing(batch, operands.q.shape[1], table.room, False, table.block_size)
+    single = q.ndim == 3
+    return Packing(batch, 1 if single else q.shape[1], table.room, False, table.block_size, single)
 
 
 def _packed(
-    device: Device | None, operands: forward.Operands, table: _Table, cu_seqlens_q: Any, max_seqlen_q: int | None
-) -> tuple[forward.Operands, Packing]:
-    check.check_packed_rank("q", operands.q.shape)
-    biased = operands.bias is not None and operands.bias.ndim > 1 and operands.bias.shape[-2] != 1
-    side = take_side(device, "q", cu_seqlens_q, max_seqlen_q, operands.q.shape[0], biased)
+    device: Device | None,
+    q: NativeArray,
+    bias: NativeArray | None,
+    table: _Table,
+    cu_seqlens_q: Any,
+    max_seqlen_q: int | None,
+) -> tuple[NativeArray, Packing]:
+    check.check_packed_rank("q", q.shape)
+    biased = bias is not None and bias.ndim > 1 and bias.shape[-2] != 1
+    side = take_side(device, "q", cu_seqlens_q, max_seqlen_q, q.shape[0], biased)
     batch = table.seq_lens.shape[0]
     if side.cu_seqlens.shape[0] != batch + 1:
         have = side.cu_seqlens.shape
         raise InvalidShapeError(f"cu_seqlens_q.shape = {have}: must be ({batch + 1},), block_tables has {batch} rows")
-    packing = Packing(batch, side.max_seqlen, table.room, True, table.block_size)
-    return operands._replace(cu_seqlens_q=side.cu_seqlens), packing
-
-
-def _give(kind: Kind, single: bool, out: Any, result: NativeArray, lse: NativeArray | None) -> Any:
-    returned = kind.give(result[:, 0] if single else result)
-    if out is not None:
-        returned = out
-    if lse is None:
-        return returned
-    return returned, kind.give(lse[..., 0] if single else lse)
+    return side.cu_seqlens, Packing(batch, side.max_seqlen, table.room, True, table.block_size)

@@ -19,7 +19,15 @@ import pytest
 from cuflash.plan.params import BACKWARD_PARAMS, FORWARD_PARAMS, TILE_LIST_PARAMS
 from cuflash.records import address_words
 
-alive: weakref.WeakSet[ndarray] = weakref.WeakSet()  # memory of others may be given out again before a kernel runs
+alive: weakref.WeakSet[Memory] = weakref.WeakSet()  # memory of others may be given out again before a kernel runs
+
+
+class Memory:
+    """A MemoryPointer."""
+
+    def __init__(self, host: np.ndarray, device_id: int) -> None:
+        self.host, self.ptr, self.device_id = host, host.__array_interface__["data"][0], device_id
+        alive.add(self)
 
 
 class ndarray:
@@ -33,8 +41,7 @@ class ndarray:
         self.shape, self.strides, self.dtype, self.size, self.ndim = (
             host.shape, host.strides, host.dtype, host.size, host.ndim,
         )
-        self.data = SimpleNamespace(ptr=host.__array_interface__["data"][0], device_id=device_id)
-        alive.add(self)
+        self.data = Memory(host, device_id)
         self.flags = SimpleNamespace(c_contiguous=host.flags.c_contiguous)
 
     def copy(self, order: str) -> ndarray:
@@ -73,7 +80,11 @@ class FakeCupy(ModuleType):
         self.launches: list[tuple[Any, ...]] = []
         self.loads: list[tuple[str, int]] = []
         self.stream = SimpleNamespace(ptr=0, is_capturing=lambda: False)
-        self.cuda = SimpleNamespace(Device=lambda number: _Device(self, number), get_current_stream=lambda: self.stream)
+        self.cuda = SimpleNamespace(
+            Device=lambda number: _Device(self, number),
+            get_current_stream=lambda: self.stream,
+            alloc=lambda size: Memory(np.zeros(size, np.uint8), self.current),
+        )
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> ndarray:
         return ndarray(np.zeros(shape, dtype), self.current)
@@ -99,10 +110,14 @@ class FakeCupy(ModuleType):
         assert record.size == 1
         for params in FORWARD_PARAMS, BACKWARD_PARAMS, TILE_LIST_PARAMS:
             if record.nbytes == params.itemsize:
-                addresses = {field: np.atleast_1d(record.view(params)[0][field]) for field in address_words(params)}
-                held = {0, *(array.data.ptr for array in alive)}
-                assert [field for field, found in addresses.items() if not held.issuperset(found)] == [], "freed"
+                values = record.view(params)[0]
+                freed = [name for name in address_words(params) if not all(map(_is_held, np.ravel(values[name])))]
+                assert freed == []
         self.launches.append((self.current, entry, grid, block, arguments[0].tobytes(), shared_bytes))
+
+
+def _is_held(address: np.uint64) -> bool:
+    return address == 0 or any(0 <= int(address) - memory.ptr < max(memory.host.nbytes, 1) for memory in alive)
 
 
 class _Device:

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -288,6 +289,27 @@ def test_decode_writes_figures_for_every_case(tmp_path, monkeypatch, capsys):
 def test_every_decoder_answers_the_same_question(case, decoder):
     (row,) = decode.measure(case, [decoder], "cpu", 1, 1.0)
     assert "failure" not in row
+
+
+def test_host_time_is_of_a_short_queue(monkeypatch):
+    """A call that finds the queue full takes as long as the GPU; what waits is not timed."""
+    clock, queued, most = 0.0, 0, 0
+
+    def call():
+        nonlocal clock, queued, most
+        queued += 1
+        most = max(most, queued)
+        clock += 1.0
+
+    def synchronize():
+        nonlocal clock, queued
+        queued, clock = 0, clock + 1000.0
+
+    cupy = SimpleNamespace(cuda=SimpleNamespace(Device=lambda: SimpleNamespace(synchronize=synchronize)))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(decode, "time", SimpleNamespace(perf_counter=lambda: clock))
+    assert decode.host_seconds(call) == 1.0
+    assert most == decode.HOST_CALLS_QUEUED
 
 
 def test_a_wrong_decoder_is_not_timed():

@@ -81,6 +81,49 @@ def test_split_keys_combine_in_workspaces(cupy: FakeCupy) -> None:
     assert combine["rows"] == 4
 
 
+def gpu_tables(batch: int, room: int) -> tuple[ndarray, ndarray]:
+    return ndarray(np.zeros((batch, room), np.int32)), ndarray(np.ones(batch, np.int32))
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_decoding_goes_in_place_and_makes_no_view(
+    cupy: FakeCupy, monkeypatch: pytest.MonkeyPatch, num_splits: int
+) -> None:
+    """A view costs the host as much as all it knows of an array."""
+    q, out, cache, tables = gpu(3, 16, 64)[:, ::2], gpu(3, 24, 64)[:, ::3], gpu(9, 16, 2, 64), gpu_tables(3, 100)
+    monkeypatch.delattr(ndarray, "__getitem__")
+    options = cuflash.Options(num_splits=num_splits)
+    new, lse = cuflash.paged_attention(q, cache, cache, *tables, return_lse=True, options=options)
+    assert (new.shape, lse.shape) == ((3, 8, 64), (3, 8))
+    for result in (new, out):
+        if result is out:
+            given = cuflash.paged_attention(q, cache, cache, *tables, return_lse=True, options=options, out=out)
+            assert given[0] is out
+            lse = given[1]
+        forward, *combine = map(record, cupy.launches[-1 if num_splits == 1 else -2 :])
+        last = combine[0] if combine else forward
+        assert len(combine) == (num_splits > 1)
+        assert [forward[name] for name in ("q", "k", "v")] == [q.data.ptr, cache.data.ptr, cache.data.ptr]
+        assert [forward["block_tables"], forward["seq_lens"]] == [table.data.ptr for table in tables]
+        assert [last["o"], last["lse"]] == [result.data.ptr, lse.data.ptr]
+        assert forward["q_strides"].tolist() == [16 * 64, 0, 2 * 64]
+        assert last["o_strides"][[0, 2]].tolist() == ([24 * 64, 3 * 64] if result is out else [8 * 64, 64])
+        assert last["lse_strides"][:2].tolist() == [8, 1]
+        assert (forward["batch"], forward["seqlen_q"], forward["seqlen_k"]) == (3, 1, 1600)
+
+
+def test_tables_that_the_gpu_cannot_read_in_place_are_cast_there(cupy: FakeCupy) -> None:
+    q, cache, (tables, lengths) = gpu(3, 8, 64), gpu(9, 16, 2, 64), gpu_tables(3, 100)
+    wide, strided = ndarray(np.ones(3, np.int64)), ndarray(np.zeros((3, 200), np.int32))[:, ::2]
+    for given in ((tables, wide), (strided, lengths), (tables, np.ones(3, np.int64)), (tables, lengths)):
+        cuflash.paged_attention(q, cache, cache, *given, options=cuflash.Options(num_splits=1))
+        params = record(cupy.launches[-1])
+        assert (params["block_tables"] == tables.data.ptr) == (given[0] is tables)
+        assert (params["seq_lens"] == lengths.data.ptr) == (given[1] is lengths)
+    with pytest.raises(DeviceError, match=r"seq_lens is a cupy\.ndarray on a GPU: must be on the host"):
+        cuflash.paged_attention(q, cache, cache, tables, ndarray(np.ones(3, np.int32), 1))
+
+
 def test_the_arrays_device_is_used(cupy: FakeCupy) -> None:
     arrays = [gpu(16, 2, 32, device_id=3) for _ in range(3)]
     out = cuflash.attention(*arrays)

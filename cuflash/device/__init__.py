@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import math
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +18,22 @@ from cuflash.plan.arch import Arch
 from cuflash.plan.launch import Launch
 
 Kernel = Callable[[np.ndarray], None]  # launches with one parameter record, an array of one element
+
+
+@dataclass(frozen=True, slots=True)
+class Workspaces:
+    """C-contiguous arrays that a call needs together, and where each begins in one piece of memory, in bytes."""
+
+    arrays: tuple[tuple[str, tuple[int, ...], np.dtype], ...]
+    offsets: tuple[int, ...]
+    nbytes: int
+
+
+def workspaces(*arrays: tuple[str, tuple[int, ...], np.dtype]) -> Workspaces:
+    """Of these names, shapes and dtypes."""
+    sizes = (-(-math.prod(shape) * dtype.itemsize // 256) * 256 for _, shape, dtype in arrays)  # aligned as by CUDA
+    *offsets, nbytes = accumulate(sizes, initial=0)
+    return Workspaces(arrays, tuple(offsets), nbytes)
 
 
 class Call(Protocol):
@@ -31,6 +50,9 @@ class Call(Protocol):
 
     def workspace(self, shape: tuple[int, ...], dtype: np.dtype, name: str) -> int:
         """Address of a fresh C-contiguous array that ends with the call."""
+
+    def workspaces(self, asked: Workspaces) -> Sequence[int]:
+        """Addresses of several, which cost the host no more than one."""
 
 
 class Kept(Protocol):

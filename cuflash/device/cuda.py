@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import cupy
 import numpy as np
 
-from cuflash.device import Kernel
+from cuflash.device import Kernel, Workspaces
 from cuflash.errors import DeviceError, InvalidTypeError, type_name
 from cuflash.jit import compile_cubin
 from cuflash.layout import NativeArray
@@ -93,14 +94,22 @@ class _Call:
         self._device.__exit__(*error)
 
     def read(self, array: NativeArray, name: str) -> int:
-        return int(array.data.ptr)
+        address: int = array.data.ptr
+        return address
 
     write = update = read
 
     def workspace(self, shape: tuple[int, ...], dtype: np.dtype, name: str) -> int:
-        array = cupy.empty(shape, dtype)
-        self._workspaces.append(array)
-        return int(array.data.ptr)
+        return self._allocate(math.prod(shape) * dtype.itemsize)
+
+    def workspaces(self, asked: Workspaces) -> Sequence[int]:
+        begin = self._allocate(asked.nbytes)
+        return [begin + offset for offset in asked.offsets]
+
+    def _allocate(self, nbytes: int) -> int:
+        memory = cupy.cuda.alloc(nbytes)  # an array around it costs more than the memory
+        self._workspaces.append(memory)
+        return int(memory.ptr)
 
 
 _devices: dict[int, CudaDevice] = {}

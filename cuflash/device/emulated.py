@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import RLock
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from cuflash.device import Kernel, current
+from cuflash.device import Kernel, Workspaces, current
 from cuflash.errors import InvalidTypeError, InvalidValueError
 from cuflash.layout import NativeArray
 from cuflash.plan.arch import arch_named
@@ -181,6 +181,10 @@ class _Call:
 
     def workspace(self, shape: tuple[int, ...], dtype: np.dtype, name: str) -> int:
         return self._keep(self._device.empty(shape, dtype, name=name))
+
+    def workspaces(self, asked: Workspaces) -> Sequence[int]:
+        # Apart, so that what lies past the end of one is nobody's.
+        return [self.workspace(shape, dtype, name) for name, shape, dtype in asked.arrays]
 
     def _output(self, array: np.ndarray, copy: Any) -> int:
         self._outputs.append((array, copy))

@@ -75,7 +75,10 @@ def with_window(mask: Mask, left: int | None, right: int | None) -> Mask:
     """`mask & SlidingWindow(left, right)`, the same object whenever the same mask is asked for the same window."""
     if left is None and right is None:
         return mask
-    return mask._windowed.setdefault((left, right), mask & SlidingWindow(left, right))
+    kept = mask._windowed.get((left, right))
+    if kept is None:
+        kept = mask._windowed.setdefault((left, right), mask & SlidingWindow(left, right))  # of two threads one sets it
+    return kept
 
 
 @dataclass(frozen=True, eq=False, repr=False)

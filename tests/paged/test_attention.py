@@ -175,3 +175,34 @@ def test_architectures(arch):
     with cuflash.emulate(arch, warp_order=3):
         out, lse = cuflash.paged_attention(q, *case.arguments, return_lse=True)
     check_paged(case, list(q[:, None]), out, lse.T, causal=True)
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_one_query_is_a_token_axis_of_one(device, num_splits):
+    """To the bit: q and out in any strides, rows that are not contiguous, a bias, a mask."""
+    options = None if device.name == "cpu" else cuflash.Options(num_splits=num_splits)
+    rng = np.random.default_rng(11)
+    case = paged(rng, LENGTHS, 16, 2, 64)
+    room = case.block_tables.shape[1] * 16
+    wide = rng.standard_normal((8, len(LENGTHS), 128)).astype(np.float16).transpose(1, 0, 2)
+    for q in (wide[..., :64], wide[::-1, ::2, 64:], wide[..., ::2]):
+        heads = q.shape[1]
+        bias = rng.standard_normal((heads, 1, room)).astype(np.float32)
+        for keywords in ({}, {"bias": bias}, {"mask": masks.Dilated(3)}):
+            outs = np.full((2, heads, len(LENGTHS), 80), 7, np.float16).transpose(0, 2, 1, 3)[..., :64]
+            given = {"return_lse": True, "options": options} | keywords
+            single, lse = device.run(cuflash.paged_attention, q, *case.arguments, out=outs[0], **given)
+            tokens, lses = device.run(
+                cuflash.paged_attention, q[:, None], *case.arguments, out=outs[1][:, None], **given
+            )  # fmt: skip
+            fresh = device.run(cuflash.paged_attention, q, *case.arguments, options=options, **keywords)
+            assert (single.shape, lse.shape) == (q.shape, q.shape[:2])
+            assert np.array_equal(single, tokens[:, 0])
+            assert np.array_equal(single, fresh)
+            assert np.array_equal(lse, lses[..., 0])
+
+
+def test_no_sequence(device):
+    case = paged(np.random.default_rng(12), (), 16, 2, 64)
+    out, lse = device.run(cuflash.paged_attention, np.empty((0, 8, 64), np.float16), *case.arguments, return_lse=True)
+    assert (out.shape, lse.shape) == ((0, 8, 64), (0, 8))

@@ -85,3 +85,19 @@ def test_out_of_another_shape_is_refused():
     with pytest.raises(cuflash.InvalidShapeError, match=re.escape("out.shape = (2, 4, 16): must be (2, 4, 32)")):
         cuflash.paged_attention(*arguments(), out=out)
     assert (out == 7).all()
+
+
+def test_out_of_other_strides_is_refused_as_the_caller_has_it():
+    for out, message in (
+        (np.full((2, 4, 64), 7, np.float16)[..., ::2], "out.strides = (512, 128, 4): the last axis must be contiguous"),
+        (np.lib.stride_tricks.as_strided(np.full(64, 7, np.float16), (2, 4, 32), (0, 16, 2)),
+         "out.strides = (0, 16, 2): elements must not overlap"),
+        (np.full((2, 4, 32), 7, np.float32), "out.dtype = float32: must be float16, the dtype of q"),
+        (np.full((2, 1, 4, 32), 7, np.float16), "out.shape = (2, 1, 4, 32): must be (2, 4, 32)"),
+    ):  # fmt: skip
+        with pytest.raises(cuflash.CuflashError, match=re.escape(message)):
+            cuflash.paged_attention(*arguments(), out=out)
+        assert (out == 7).all()
+    given = arguments()
+    with pytest.raises(cuflash.InvalidValueError, match="out overlaps q: must not share memory with it"):
+        cuflash.paged_attention(*given, out=given[0])
