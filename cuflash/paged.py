@@ -99,6 +99,7 @@ def paged_attention(
     kind, arrays = gather(_NAMES, (q, k_cache, v_cache, bias, out), _OPTIONAL)
     device = device_of(kind, _NAMES, arrays)
     q, k, v, bias, native_out = arrays
+    _check_rank(q, cu_seqlens_q is not None)
     table = _take_table(device, q, k, v, block_tables, seq_lens)
     offsets = None
     if cu_seqlens_q is not None:
@@ -124,6 +125,14 @@ class _Table(NamedTuple):
     def room(self) -> int:
         """Keys that a sequence may have."""
         return int(self.blocks.shape[1]) * self.block_size
+
+
+def _check_rank(q: NativeArray, packed: bool) -> None:
+    if packed:
+        check.check_packed_rank("q", q.shape)
+    elif q.ndim not in (3, 4):
+        axes = "(batch, num_heads, head_dim), (batch, seqlen_q, num_heads, head_dim) or packed with cu_seqlens_q"
+        raise InvalidShapeError(f"q.shape = {tuple(q.shape)}: must be {axes}")
 
 
 def _take_table(
@@ -189,9 +198,6 @@ def _check_blocks(block_tables: np.ndarray, seq_lens: np.ndarray, block_size: in
 def _dense(q: NativeArray, table: _Table) -> Packing:
     """As many queries for each sequence."""
     batch = table.seq_lens.shape[0]
-    if q.ndim not in (3, 4):
-        axes = "(batch, num_heads, head_dim), (batch, seqlen_q, num_heads, head_dim) or packed with cu_seqlens_q"
-        raise InvalidShapeError(f"q.shape = {tuple(q.shape)}: must be {axes}")
     if q.shape[0] != batch:
         raise InvalidShapeError(f"q.shape = {tuple(q.shape)}: batch {q.shape[0]} must be {batch}, that of block_tables")
     single = q.ndim == 3
@@ -206,7 +212,6 @@ def _packed(
     cu_seqlens_q: Any,
     max_seqlen_q: int | None,
 ) -> tuple[NativeArray, Packing]:
-    check.check_packed_rank("q", q.shape)
     biased = bias is not None and bias.ndim > 1 and bias.shape[-2] != 1
     side = take_side(device, "q", cu_seqlens_q, max_seqlen_q, q.shape[0], biased)
     batch = table.seq_lens.shape[0]

@@ -54,6 +54,7 @@ CASES = {
     "seq_lens[0] = -1: must be 0 to 40": changed(4, lambda x: set_entry(x, 0, -1)),
     "q.shape = (3, 4, 32): batch 3 must be 2, that of block_tables": changed(0, lambda x: np.concatenate([x, x[:1]])),
     "q.shape = (4, 32): must be (batch, num_heads, head_dim)": changed(0, lambda x: x[0]),
+    "q.shape = (): must be (batch, num_heads, head_dim)": changed(0, lambda x: x[0, 0, 0, ...]),
     "q.shape = (2, 1, 3, 32): 3 heads must be a multiple of the 2 of k": changed(0, lambda x: x[:, :3]),
     "k_cache.shape = (7, 8, 2, 32): head_dim 32 must be 16, that of q": changed(0, lambda x: x[..., :16]),
     "cu_seqlens_q.shape = (2,): must be (3,), block_tables has 2 rows": keyword(cu_seqlens_q=[0, 2]),
