@@ -164,7 +164,7 @@ def backward_record(problem: Problem, plan: BackwardPlan, arrays: Mapping[str, L
     if "dbias" in arrays:
         record["dbias_shape"] = bias_shape(arrays["dbias"])
     _set_problem(record, problem)
-    record["q_tiles"], record["k_tiles"] = plan.q_tiles, plan.k_tiles
+    record["q_tiles"], record["k_tiles"], record["turn_tiles"] = plan.q_tiles, plan.k_tiles, plan.turn_tiles
     _set_mask(record, problem, plan.lists)
     return record
 

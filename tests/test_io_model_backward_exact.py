@@ -144,6 +144,12 @@ TILED = {
 }
 
 
+@pytest.mark.parametrize("name", TILED)
+def test_query_tiles_that_share_a_turn(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cuflash.plan.backward.MAX_LAG", 1e3)
+    hold_to_model(tiled(TILED[name], block_m=16))
+
+
 @pytest.mark.parametrize(("tile", "name"), [(tile, list(TILED)[i % 3]) for i, tile in enumerate(TILES)])
 def test_every_tiling(tile: str, name: str) -> None:
     hold_to_model(tiled(TILED[name], **TILES[tile]))

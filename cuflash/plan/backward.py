@@ -31,6 +31,8 @@ WARPS_AND_KEYS = (
     (8, 8, 128), (8, 4, 128), (4, 4, 128), (8, 4, 64), (8, 2, 64), (4, 4, 64), (4, 2, 64), (2, 2, 32), (1, 1, 16)
 )  # fmt: skip
 NEUTRAL = {"bias_dtype": "none", "windowed": False, "softcapped": False, "deterministic": True, "mask": ""}
+TURN_TILES = (4, 2, 1)  # query tiles that may share a turn, and
+MAX_LAG = 1 / 32  # the share of a block's time that waiting for its first turn may then cost
 COLUMNS = (256, 128, 64)  # of dq, dk and dv that a block computes at most, where not all
 
 
@@ -47,6 +49,7 @@ class BackwardPlan:
     row_shape: tuple[int, ...]  # of row_lse and row_delta, (batch, num_heads, rows of all tiles)
     sum_shape: tuple[int, ...]  # of dq_sum (batch, num_heads, q_tiles, chunks, sums)
     turn_shape: tuple[int, ...]  # of turns, uint32 (batch, num_heads, q_tiles, chunks)
+    turn_tiles: int  # query tiles that share a turn
     lists: TileListPlan | None  # launched before, where a mask is
 
 
@@ -200,8 +203,22 @@ def _plan(
         (batch, problem.num_heads, q_tiles * config.block_m),
         (batch, problem.num_heads, q_tiles, dq_chunks, dq_tile_sums(config)),
         (batch, problem.num_heads, q_tiles, dq_chunks),
+        _turn_tiles(problem, config, launches[1].grid[0], arch),
         plan_backward_lists(problem, config, q_tiles, k_tiles) if config.mask else None,
     )
+
+
+def _turn_tiles(problem: Problem, config: BackwardConfig, blocks: int, arch: Arch) -> int:
+    """Query tiles that share a turn: asking for it and passing it on take a block some time each time.
+
+    Blocks that run together and are of one head begin one turn after the other; after that they keep their distance.
+    """
+    if config.mask:
+        return 1
+    heads = problem.num_kv_heads * problem.batch * column_chunks(config)  # blocks of one key tile
+    together = -(-min(blocks, arch.sm_count) // heads)
+    visits = problem.group * -(-problem.seqlen_q // config.block_m) * max(1, blocks // arch.sm_count)
+    return next((n for n in TURN_TILES if (together - 1) * n <= MAX_LAG * visits), 1)
 
 
 def _tiles(problem: Problem, length: int, total: int | None, block: int) -> int:

@@ -8,7 +8,8 @@ module therefore counts:
 - a block of the backward kernel reads the keys of its tile that some query sees, and of each query tile that sees one
   of them the queries that do, with their cotangents, lse and delta of the whole tile, and a bias where they meet; its
   additions to dq and its dk and dv are those of its chunk of columns, all else is read once per chunk;
-- in a fixed order of additions a block asks at least once a visit whether it is its turn, and passes the turn on;
+- in a fixed order of additions a block asks at least once whether it is its turn, and passes the turn on, for all that it
+  visits of the query tiles which share one;
 - finish reads the sums and writes dq;
 - a block of the gradient of a bias reads the same as one of the backward kernel, of one query head, and keys again
   where it owns a tile of queries rather than all of them; it writes its part of dbias;
@@ -52,6 +53,7 @@ class KeyTile(NamedTuple):
     keys: int  # of them, those that a query sees
     queries: int  # that see one of them
     visits: int  # query tiles that hold these queries
+    turns: int  # groups of query tiles that share a turn which these are of
 
 
 class Visits(NamedTuple):
@@ -63,12 +65,13 @@ class Visits(NamedTuple):
     pairs: int  # rows of the tile times its queries
     tiles: int  # pairs of a key tile and a query tile
     keys_of_tiles: int  # keys, once for each of these pairs
+    turns: int  # pairs of a key tile and query tiles that share a turn
     entries: int = 0  # of lists under a mask, that blocks read
     lists: int = 0  # that have a length
 
 
 def key_tiles(
-    problem: Problem, config: BackwardConfig | BiasGradientConfig, seqlen_q: int, seqlen_k: int
+    problem: Problem, config: BackwardConfig | BiasGradientConfig, seqlen_q: int, seqlen_k: int, turn_tiles: int = 1
 ) -> Iterator[KeyTile]:
     """The key tiles of one sequence and one head, as the backward kernel walks them."""
     first, last = problem.key_range(0, seqlen_q, seqlen_q, seqlen_k)
@@ -77,9 +80,11 @@ def key_tiles(
         begin, end = query_range(problem, key, key + rows, seqlen_q, seqlen_k)
         if begin < end:
             keys = min(key + rows, last) - max(key, first)
-            yield KeyTile(rows, keys, end - begin, -(-end // config.block_m) - begin // config.block_m)
+            tile, last_tile = begin // config.block_m, (end - 1) // config.block_m
+            turns = last_tile // turn_tiles - tile // turn_tiles + 1
+            yield KeyTile(rows, keys, end - begin, last_tile - tile + 1, turns)
         else:
-            yield KeyTile(rows, 0, 0, 0)
+            yield KeyTile(rows, 0, 0, 0, 0)
 
 
 def query_range(problem: Problem, key_begin: int, key_end: int, seqlen_q: int, seqlen_k: int) -> tuple[int, int]:
@@ -95,16 +100,17 @@ def visits(
     config: BackwardConfig | BiasGradientConfig,
     cu_seqlens_q: Sequence[int] | None = None,
     cu_seqlens_k: Sequence[int] | None = None,
+    turn_tiles: int = 1,
 ) -> Visits:
     """What the blocks of all key tiles see."""
-    total = Visits(*[0] * 6)
+    total = Visits(*[0] * 7)
     if problem.mask is not None:
         for group in groups(problem, problem.mask, cu_seqlens_q, cu_seqlens_k):
             total = _added(total, _listed(problem.mask, config, group), group.times)
         return total
     for pair, count in Counter(sequence_lengths(problem, cu_seqlens_q, cu_seqlens_k)).items():
-        for tile in key_tiles(problem, config, *pair):
-            of_pairs = tile.queries, tile.rows * tile.queries, tile.visits, tile.keys * tile.visits
+        for tile in key_tiles(problem, config, *pair, turn_tiles):
+            of_pairs = tile.queries, tile.rows * tile.queries, tile.visits, tile.keys * tile.visits, tile.turns
             of_heads = (problem.group * part for part in (tile.keys, *of_pairs))
             total = _added(total, Visits(tile.keys, *of_heads), count * problem.num_kv_heads)
     return total
@@ -128,6 +134,7 @@ def _listed(mask: Program, config: BackwardConfig | BiasGradientConfig, group: G
         count * int(queries @ keys),
         int(of_key_tile.sum()),
         int(of_key_tile @ keys),
+        int(of_key_tile.sum()),
         int(np.maximum(of_key_tile[of_key_tile > 0], 2).sum()),
         len(keys) if len(rows) else 0,
     )
@@ -196,7 +203,7 @@ def backward_traffic(
         "row_lse": rows,
         "row_delta": rows,
     }
-    main = _backward(problem, config, visits(problem, config, cu_seqlens_q, cu_seqlens_k))
+    main = _backward(problem, config, visits(problem, config, cu_seqlens_q, cu_seqlens_k, plan.turn_tiles))
     written = {name: main[name] for name in ("dq_sum", "turns")}
     written["dk"] = problem.num_kv_heads * tokens_k * config.head_dim * element
     written["dv"] = problem.num_kv_heads * tokens_k * config.head_dim_v * element
@@ -231,7 +238,7 @@ def _backward(problem: Problem, config: BackwardConfig, visited: Visits) -> Coun
     read = _inputs(problem, config, visited, chunks * visited.keys, chunks)
     additions = dq_chunks * visited.tiles
     read["dq_sum"] = additions * sums_of_tile(config) * sum_bytes(config.dtype)
-    read["turns"] = additions * TURN if config.deterministic else 0
+    read["turns"] = dq_chunks * visited.turns * TURN if config.deterministic else 0
     read["tile_lists"], read["tile_counts"] = 2 * INDEX * chunks * visited.entries, INDEX * chunks * visited.lists
     return read
 

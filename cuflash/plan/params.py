@@ -134,6 +134,7 @@ BACKWARD_PARAMS = np.dtype(
         ("q_tiles", np.int32),  # query tiles of one head of one batch entry; packed: of one head in all
         ("k_tiles", np.int32),  # the same of keys
         ("list_pitch", np.int32),  # query tiles that a list has room for
+        ("turn_tiles", np.int32),  # query tiles that share a turn, a power of two
     ],
     align=True,
 )

@@ -72,7 +72,8 @@ struct BackwardParams {
     void* row_lse;            // workspace (batch, num_heads, R): lse in base 2; +inf for rows that see nothing
     void* row_delta;          // workspace (batch, num_heads, R): rowsum(do o) - d_lse
     void* dq_sum;             // workspace (batch, num_heads, q_tiles, chunks, block_m * block_d): dq / scale
-    u32* turns;               // workspace (batch, num_heads, q_tiles, chunks): key tiles that have added to dq_sum
+    u32* turns;               // workspace (batch, num_heads, q_tiles, chunks): key tiles that have added to dq_sum; of the
+                              // tiles that share a turn, that of the first
     const int* cu_seqlens_q;  // (batch + 1), packed only
     const int* cu_seqlens_k;
     const void* mask_tables[kMaxTables];  // arrays that the mask looks up
@@ -111,6 +112,7 @@ struct BackwardParams {
     int q_tiles;  // query tiles of one head of one batch entry; packed: of one head in all
     int k_tiles;  // the same of keys
     int list_pitch;  // query tiles that a list has room for
+    int turn_tiles;  // query tiles that share a turn, a power of two
 };
 
 // Of the kernels that list the tiles which a mask shows.

@@ -98,7 +98,8 @@ struct QueryTiles {
     }
 };
 
-// How many key tiles add to the dq of a query tile before this one.
+// How many key tiles add to the dq of a query tile, or of several that share a turn, before this one. Windows of
+// neighbouring queries begin side by side: each key tile in between is seen by one of these queries.
 template <BackwardConfig C>
 __device__ __forceinline__ u32 turn_of(const BackwardParams& params, const KeyWork& work, int first_query) {
     const int first_key = C.windowed ? Window(params, work).begin(first_query) : 0;

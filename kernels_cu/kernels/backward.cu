@@ -142,19 +142,30 @@ __device__ __forceinline__ void backward(const BackwardParams& params) {
 #pragma unroll
             for (int n = 0; n < 2 * Query::kN; ++n) Query::add(sums, warp, lane, m, n, dQ[m][n]);
     };
-    // The counter of key tiles that have added to the sums of a query tile, and what it is when it is this one's turn.
+    // Query tiles that share a turn: the counter of key tiles that have added to their sums, and what it is when it is this
+    // one's turn. Under a mask every tile has its own.
+    const auto shared_turn = [&](Visit visit) {
+        return C.mask ? tile_of(visit) : tile_of(visit) & -params.turn_tiles;
+    };
     const auto turns = [&](Visit visit) {
-        const int slot = first_query_slot<C>(work) + tile_of(visit);
+        const int slot = first_query_slot<C>(work) + shared_turn(visit);
         return params.turns + query_tile_index(params, work.batch_entry, head_of(visit), slot) * Query::kChunks + work.chunk;
     };
     const auto turn = [&](Visit visit) {
         if constexpr (C.mask) return tiles.turn(visit);
-        else return turn_of<C>(params, work, tiles.tile(visit) * C.block_m);
+        else return turn_of<C>(params, work, shared_turn(visit) * C.block_m);
+    };
+    // Whether a visit is the first, and the last, of those to the tiles that share a turn.
+    const auto begins_turn = [&](Visit visit) {
+        return C.mask || visit.position == 0 || ((tile_of(visit) + 1) & (params.turn_tiles - 1)) == 0;
+    };
+    const auto ends_turn = [&](Visit visit) {
+        return C.mask || visit.position + 1 == tiles.count || (tile_of(visit) & (params.turn_tiles - 1)) == 0;
     };
     const bool takes_turns = C.deterministic && has_dk && ptx::thread_index() == 0;
     const bool passes_turns = C.deterministic && has_dk && ptx::thread_index() == kThreads / 2;
     const auto pass_turn = [&](Visit done) {
-        if (passes_turns) ptx::store_release(turns(done), turn(done) + 1);
+        if (passes_turns && ends_turn(done)) ptx::store_release(turns(done), turn(done) + 1);
     };
 
     // P^T and dS^T of one tile of queries, and what of dV and dK a warp computes from its own.
@@ -208,10 +219,11 @@ __device__ __forceinline__ void backward(const BackwardParams& params) {
         ptx::cp_async_wait<0>();  // this thread's share of the query tile has landed
         __syncthreads();          // everyone's has; everyone is done with the tile before and has added its dQ
         if (visit.head + visit.position > 0) pass_turn(visit.before(tiles.count));
-        u32 served = takes_turns ? ptx::load_acquire(turns(visit)) : 0;  // under the products of the other warps
+        const bool asks = takes_turns && begins_turn(visit);
+        u32 served = asks ? ptx::load_acquire(turns(visit)) : 0;  // under the products of the other warps
         visit_tile(visit, stage, next);
         ptx::cp_async_commit();
-        if (takes_turns) {
+        if (asks) {
             while (served != turn(visit)) served = ptx::load_acquire(turns(visit));
         }
         __syncthreads();  // P and dS are written; this block may add to dQ; of warps that exchange nothing, Q and dO are free

@@ -131,3 +131,27 @@ def test_a_block_waits_for_earlier_blocks_alone(name: str, monkeypatch: pytest.M
     monkeypatch.setattr("cuflash.emulator.device.BATCH_THREADS", 1)
     for alone, expected in zip(gradients(EmulatedDevice(), case, inputs, given), together, strict=True):
         np.testing.assert_array_equal(alone, expected)
+
+
+WALKS = {
+    "causal": SMALL.but(causal=True, seqlen_q=150),
+    "window": SMALL.but(seqlen_q=150, window=(37, 20)),
+    "left": SMALL.but(seqlen_q=200, seqlen_k=70, window=(10, None)),
+    "group": SMALL.but(num_heads=4, num_kv_heads=2),
+    "packed": CASES["packed"],
+}
+
+
+@pytest.mark.parametrize("name", WALKS)
+def test_query_tiles_that_share_a_turn_change_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = tiled(WALKS[name], block_m=16, block_n=16, num_warps=1, key_warps=1)
+    inputs = make(case)
+    given = cotangent(case, inputs)
+    alone = gradients(EmulatedDevice(), case, inputs, given)
+    monkeypatch.setattr("cuflash.plan.backward.MAX_LAG", 1e3)
+    shared = gradients(EmulatedDevice(), case, inputs, given)
+    monkeypatch.setattr("cuflash.emulator.device.BATCH_THREADS", 1)
+    in_turn = gradients(EmulatedDevice(), case, inputs, given)
+    for expected, *others in zip(alone, shared, in_turn, strict=True):
+        for got in others:
+            np.testing.assert_array_equal(got, expected)

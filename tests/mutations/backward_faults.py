@@ -53,6 +53,7 @@ FEW_SHARED = tiled(EVEN.but(seqlen_k=64), block_n=32, key_warps=2)
 FEW_GROUPED = tiled(EVEN.but(num_heads=2))
 FEW_WINDOW = tiled(EVEN.but(window=(20, 9)))
 FEW_SEEN = tiled(EVEN.but(seqlen_q=20, window=(0, 0)))  # no query sees the first tile of keys
+FEW_CAUSAL = tiled(EVEN.but(seqlen_q=128, causal=True), block_n=32, num_warps=2, key_warps=2)
 FEW_CHUNKS = tiled(EVEN.but(head_dim=128), block_d=64)
 
 MAIN, PREPARE, FINISH = "kernels/backward.cu", "kernels/prepare.cu", "kernels/finish.cu"
@@ -105,6 +106,12 @@ TURNS = [
              Deadlock),
     Mutation("turns counted from the first key", TILES, "C.windowed ? Window(params, work).begin(first_query) : 0", "0",
              FEW_WINDOW, Deadlock),
+    Mutation("turn begun at the last of its tiles alone", MAIN,
+             "visit.position == 0 || ((tile_of(visit) + 1)", "((tile_of(visit) + 1)", FEW, Race),
+    Mutation("turn ended at the first of its tiles alone", MAIN, "visit.position + 1 == tiles.count || (tile_of(visit)",
+             "(tile_of(visit)", FEW_CAUSAL, Deadlock),
+    Mutation("turns of shared tiles counted from each tile", MAIN, "shared_turn(visit) * C.block_m",
+             "tile_of(visit) * C.block_m", FEW_WINDOW, (Deadlock, Race)),
     Mutation("turns of another chunk", MAIN, "head_of(visit), slot) * Query::kChunks + work.chunk;\n    };",
              "head_of(visit), slot) + work.chunk;\n    };", FEW_CHUNKS, Deadlock),
     Mutation("turns of keys that no query sees awaited", TILES, " || tiles.queries.begin >= tiles.queries.end", "",

@@ -141,10 +141,13 @@ PLAIN = "*memory += x;"
 
 
 def run_turns(case: Case, texts: dict[str, str], orders: Iterable[int | None] = (None, 0, 1)) -> None:
-    """As `run_backward`, in several orders of warps, and any two additions to dq that no turn orders are a race."""
+    """As `run_backward`, with one and several query tiles to a turn and in several orders of warps; any two additions to
+    dq that no turn orders are a race.
+    """
     copy = _replace_once(texts["ptx/copy.cuh"], ATOMIC, PLAIN)
-    for order in orders:
-        _check_gradients(_Device("sm_80", warp_order=order), case, texts | {"ptx/copy.cuh": copy})
+    for lag, order in [(0, None), *((1e3, order) for order in orders)]:
+        with mock.patch("cuflash.plan.backward.MAX_LAG", lag):
+            _check_gradients(_Device("sm_80", warp_order=order), case, texts | {"ptx/copy.cuh": copy})
 
 
 def _check_gradients(device: _Device, case: Case, texts: dict[str, str]) -> None:
