@@ -93,7 +93,7 @@ class Writer:
             normal, _ = gpt.layer_norm(f"{i}.norm1", parameters, x)
             qkv, _ = gpt.linear(f"{i}.qkv", parameters, normal)
             q, k, v = np.moveaxis(qkv.reshape(-1, 3, gpt.HEADS, self.model.head_dim), 1, 0)
-            cache.append(i, turned(k, positions), np.ascontiguousarray(v), slots)
+            cache.append(i, turned(k, positions), v.copy(), slots)
             y = cuflash.paged_attention(
                 turned(q, positions), cache.k_cache(i), cache.v_cache(i), tables, lengths,
                 cu_seqlens_q=ends, max_seqlen_q=max(counts),

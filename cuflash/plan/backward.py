@@ -31,8 +31,9 @@ WARPS_AND_KEYS = (
     (8, 8, 128), (8, 4, 128), (4, 4, 128), (8, 4, 64), (8, 2, 64), (4, 4, 64), (4, 2, 64), (2, 2, 32), (1, 1, 16)
 )  # fmt: skip
 NEUTRAL = {"bias_dtype": "none", "windowed": False, "softcapped": False, "deterministic": True, "mask": ""}
-TURN_TILES = (4, 2, 1)  # query tiles that may share a turn, and
-MAX_LAG = 1 / 32  # the share of a block's time that waiting for its first turn may then cost
+TURN_TILES = 4  # query tiles that share a turn, where
+SHORT_VISIT = 2**19  # a visit has at most as many products of S and
+MAX_LAG = 1 / 32  # waiting for the first turn costs at most this share of a block's time
 COLUMNS = (256, 128, 64)  # of dq, dk and dv that a block computes at most, where not all
 
 
@@ -209,16 +210,15 @@ def _plan(
 
 
 def _turn_tiles(problem: Problem, config: BackwardConfig, blocks: int, arch: Arch) -> int:
-    """Query tiles that share a turn: asking for it and passing it on take a block some time each time.
-
-    Blocks that run together and are of one head begin one turn after the other; after that they keep their distance.
+    """Query tiles that share a turn. Asking for it and passing it on take time, which counts where visits are short;
+    but blocks of one head that run together begin a turn apart, and read the more from memory the further they are.
     """
-    if config.mask:
+    if config.mask or config.block_m * config.block_n * config.head_dim > SHORT_VISIT:
         return 1
     heads = problem.num_kv_heads * problem.batch * column_chunks(config)  # blocks of one key tile
     together = -(-min(blocks, arch.sm_count) // heads)
     visits = problem.group * -(-problem.seqlen_q // config.block_m) * max(1, blocks // arch.sm_count)
-    return next((n for n in TURN_TILES if (together - 1) * n <= MAX_LAG * visits), 1)
+    return TURN_TILES if (together - 1) * TURN_TILES <= MAX_LAG * visits else 1
 
 
 def _tiles(problem: Problem, length: int, total: int | None, block: int) -> int:
