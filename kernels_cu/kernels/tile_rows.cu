@@ -1,6 +1,6 @@
 // Which key tiles a mask shows to each query tile: none of a tile's scores, some or all. Intervals decide most tiles at
-// once, a thread each. The others are spread over the warps, which end with a look at every score that is still in doubt, so
-// that lists are exact. Nothing of size seqlen_q x seqlen_k is in memory.
+// once, a thread each. The others are spread over the warps, which look at every score that stays in doubt, so that lists are
+// exact. Nothing of size seqlen_q x seqlen_k is in memory.
 #pragma once
 
 #include "attention/listed_tiles.cuh"
@@ -18,28 +18,29 @@ struct Box {
 // A tile is 4 by 8 parts, numbered along its keys, a part's pairs along rows of kRow keys. The last query and key of a tile
 // stand for those that it lacks.
 template <TileListConfig C>
-struct Parts {
+struct TileParts {
     static constexpr int kQueries = ceil_div(C.block_m, 4), kKeys = ceil_div(C.block_n, 8);
     static constexpr int row_of(int keys) { return keys == 1 ? 1 : 2 * row_of(ceil_div(keys, 2)); }
     static constexpr int kRow = row_of(kKeys);  // a power of two
     static constexpr int kLooks = ceil_div(kQueries * kRow, 32);  // of a warp, a pair a lane
     static constexpr int kSampleLooks = kLooks < 4 ? kLooks : 4;
-    static constexpr int kMostLookups = 32;  // elements of a table that a part may look up: more take as long as its pairs
+    // Elements of a table that a part may look up. All pairs of a tile take a lane kQueries * kKeys lookups.
+    static constexpr int kMostLookups = 32;
 
     static __device__ __forceinline__ Box box(const Box& tile, int part) {
         const int query = min(tile.query_begin + part / 8 * kQueries, tile.query_end - 1);
         const int key = min(tile.key_begin + part % 8 * kKeys, tile.key_end - 1);
         return {query, min(query + kQueries, tile.query_end), key, min(key + kKeys, tile.key_end)};
     }
-    // A pair of a part, such that those of all parts are spread over the tile, its corners among them.
-    static __device__ __forceinline__ int sample(int part) {
+    // A pair within a part's box; those of all parts are spread over the tile, its corners among them.
+    static __device__ __forceinline__ u32 sample(int part) {
         return part / 8 * (kQueries - 1) / 3 * kRow + part % 8 * (kKeys - 1) / 7;
     }
     template <class Mask>
     static __device__ __forceinline__ bool shows_pair(const TileListParams& params, const QueryWork& work, const Box& tile,
-                                                      int part, int pair) {
-        const int query = tile.query_begin + part / 8 * kQueries + pair / kRow;
-        const int key = tile.key_begin + part % 8 * kKeys + pair % kRow;
+                                                      int part, u32 pair) {
+        const int query = tile.query_begin + part / 8 * kQueries + static_cast<int>(pair / kRow);
+        const int key = tile.key_begin + part % 8 * kKeys + static_cast<int>(pair % kRow);
         return shows<Mask>(params, work, work.head, min(query, tile.query_end - 1), min(key, tile.key_end - 1));
     }
 };
@@ -67,12 +68,12 @@ struct OpenTiles {
     }
 };
 
-// The verdict of tile first + thread, as far as its keys exist. The mask's expression stands here once for intervals and once
-// for pairs: in the first turn of the loop a thread judges its own tile, in the others a warp shares an open one.
+// The verdict of tile first + thread, as far as its keys exist. In the first turn of the loop each thread judges its own tile,
+// in the others a warp shares an open one; so the mask's expression stands here once for intervals and once for pairs.
 template <TileListConfig C, class Mask>
 __device__ __forceinline__ Verdict decide(const TileListParams& params, const QueryWork& work, int row_end, int first,
                                           int tiles, OpenTiles<C.num_warps>& open, int thread) {
-    using Of = Parts<C>;
+    using Parts = TileParts<C>;
     const int lane = thread % 32, warp = thread / 32;
     Verdict verdict = kEmpty;
     int count = 0;  // open tiles
@@ -82,36 +83,34 @@ __device__ __forceinline__ Verdict decide(const TileListParams& params, const Qu
         const int tile = first + (own ? thread : open.threads[i]);
         const Box box{work.row_begin, row_end, tile * C.block_n, min((tile + 1) * C.block_n, work.len_k)};
         u32 visible = 0, hidden = 0;  // not 0 once such a pair of an open tile is known; both end the search
-        u32 doubtful = 0;             // parts of which intervals are not sure
-        // Of an open tile: some pairs of each part, a part a lane. Then intervals, in the same way, and all pairs of each part
-        // of which these are not sure.
+        u32 doubtful = 0;             // parts of which intervals are not sure, still to be looked at
+        // Of an open tile: step 0 looks at few pairs of each part, a part a lane. Step 1 asks intervals, in the same way: where
+        // they are sure of a part, one pair of it has told all. Then, of each other part, all pairs.
 #pragma unroll 1
         for (int step = own ? 1 : 0; !(visible && hidden); ++step) {
-            int part = lane, pair = Of::sample(lane), looks = Of::kSampleLooks;
+            int part = lane, looks = Parts::kSampleLooks;
+            u32 pair = Parts::sample(lane);
             if (step == 1) {
                 Truth truth{false, true};
                 if (tile < tiles) {
-                    const Box judged = own ? box : Of::box(box, lane);
+                    const Box judged = own ? box : Parts::box(box, lane);
                     truth = judge<Mask>(params, work, work.head, judged.query_begin, judged.query_end, judged.key_begin,
-                                        judged.key_end, own ? kMostLookups : Of::kMostLookups);
+                                        judged.key_end, own ? kMostLookups : Parts::kMostLookups);
                 }
                 if (own) {
                     verdict = truth.none ? kEmpty : truth.all ? kFull : kOpen;
                     break;
                 }
-                visible |= ptx::ballot(truth.all);
-                hidden |= ptx::ballot(truth.none);
-                if (visible && hidden) break;
                 doubtful = ptx::ballot(!truth.all && !truth.none);
             }
             if (step >= 1) {
                 if (doubtful == 0) break;
-                part = __ffs(doubtful) - 1, pair = lane, looks = Of::kLooks;
+                part = __ffs(doubtful) - 1, pair = lane, looks = Parts::kLooks;
                 doubtful &= doubtful - 1;
             }
 #pragma unroll 1
             for (; looks > 0 && !(visible && hidden); --looks, pair += 32) {
-                const u32 shown = ptx::ballot(Of::template shows_pair<Mask>(params, work, box, part, pair));
+                const u32 shown = ptx::ballot(Parts::template shows_pair<Mask>(params, work, box, part, pair));
                 visible |= shown;
                 hidden |= ~shown;
             }
@@ -153,6 +152,7 @@ __device__ __forceinline__ void tile_rows(const TileListParams& params) {
     int partial = 0, full = 0;  // found so far
     for (int first = 0; first < tiles; first += kThreads) {
         const int tile = first + thread;
+        // Its barriers come after all have read the counts of the turn before.
         Verdict verdict = decide<C, Mask>(params, work, row_end, first, tiles, open, thread);
         if (verdict == kFull && (tile + 1) * C.block_n > work.len_k) verdict = kPartial;  // its last keys do not exist
         const u32 partials = ptx::ballot(verdict == kPartial), fulls = ptx::ballot(verdict == kFull);
@@ -175,7 +175,6 @@ __device__ __forceinline__ void tile_rows(const TileListParams& params) {
             if (verdict == kPartial) list[partials_before] = tile;
             if (verdict == kFull) list[params.list_pitch - 1 - fulls_before] = tile;
         }
-        __syncthreads();  // everyone has read the counts
     }
     if (!C.turns && thread < 2) params.counts[2 * index + thread] = thread == 0 ? partial : full;
 }
