@@ -59,15 +59,16 @@ struct ScoreAt {
     }
 };
 
+constexpr int kMostLookups = 256;  // elements of a table that one tile may look up
+
 // The same of the queries [first, last] against the keys [first, last] of a tile.
 template <class Params>
 struct TileAt {
-    static constexpr int kMostLookups = 256;  // elements of a table that one tile may look up
-
     const Params& params;
     const Sequence& sequence;
     int head_index;
     Interval queries, keys;
+    int most_lookups;  // elements of a table
 
     static __device__ __forceinline__ Interval point(i64 value) { return {value, value}; }
     __device__ __forceinline__ Interval batch() const { return point(sequence.sequence); }
@@ -111,7 +112,7 @@ struct TileAt {
             if (span.low < 0 || span.high >= params.mask_lengths[4 * I + axis]) return anything<T>();
             count *= span.high - span.low + 1;
         }
-        if (count > kMostLookups) return anything<T>();
+        if (count > most_lookups) return anything<T>();
         auto elements = one_of<I, T>(spans, 0);
         for (int i = 1; i < count; ++i) elements = hull(elements, one_of<I, T>(spans, i));
         return elements;
@@ -147,8 +148,8 @@ struct TileAt {
 // What a mask says of a tile as far as intervals tell.
 template <class Mask, class Params>
 __device__ __forceinline__ Truth judge(const Params& params, const Sequence& sequence, int head, int query_begin,
-                                       int query_end, int key_begin, int key_end) {
-    const TileAt<Params> at{params, sequence, head, {query_begin, query_end - 1}, {key_begin, key_end - 1}};
+                                       int query_end, int key_begin, int key_end, int most_lookups = kMostLookups) {
+    const TileAt<Params> at{params, sequence, head, {query_begin, query_end - 1}, {key_begin, key_end - 1}, most_lookups};
     return Mask::visible(at);
 }
 

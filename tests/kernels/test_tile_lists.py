@@ -318,6 +318,34 @@ def test_random_functions(text: str, lengths: tuple[int, int], blocks: tuple[int
     hold_to_pairs(mask, asked)
 
 
+ONE_PAIR = {  # that differs from all others of the mask; intervals know of it, or nothing
+    "known": lambda i, j: lambda batch, head, q, k: (q == i) & (k == j),
+    "unknown": lambda i, j: lambda batch, head, q, k: abs(q - i) + abs(k - j) + (q - k) + (k - q) == 0,
+}
+
+
+@pytest.mark.parametrize("known", ONE_PAIR)
+@pytest.mark.parametrize("blocks", [(128, 48), (64, 128), (128, 64), (32, 16), (13, 29), (2, 3), (16, 272)], ids=str)
+def test_a_pair_of_a_tile(known: str, blocks: tuple[int, int]) -> None:
+    """Wherever it lies in a tile, and in the last ones of either axis, it makes that tile partial and no other."""
+    asked = Asked(((150, 300),), *blocks)
+    rng = np.random.default_rng(0)
+    for i, j in [(0, 0), (149, 299), (127, 47), *rng.integers((150, 300), size=(6, 2)).tolist()]:
+        mask = masks.where(ONE_PAIR[known](i, j))
+        hold_to_pairs(mask, asked)
+        hold_to_pairs(~mask, asked)
+
+
+def test_open_tiles_cost_little() -> None:
+    """The edges of a window take less than half as many instructions as what intervals decide at once."""
+    asked = Asked(((16384, 16384),), 128, 48)
+    causal, window = (
+        sum(run(mask, asked).reports[0].warp_instructions.values())
+        for mask in (masks.Causal(), masks.SlidingWindow(511, 0))
+    )
+    assert window < 1.5 * causal
+
+
 @pytest.mark.parametrize("warp_order", [None, 0, 1])
 def test_any_order_of_warps(warp_order: int | None) -> None:
     """Masks that intervals decide nowhere, so that warps look at pairs for unlike times."""

@@ -33,6 +33,11 @@ BOTH = masks.where(lambda batch, head, q, k: (q // 16 + k // 16 + head + batch) 
 LOOKED_UP = masks.where(lambda batch, head, q, k: GRID[LABELS[q, k], LABELS[49 - q, k]])
 FIRST_KEYS = masks.where(lambda batch, head, q, k: k < 15)
 BELOW = masks.where(lambda batch, head, q, k: (q - k) // 16 % 3 == 0)
+# One pair in some tiles, that no sample is; intervals know the parts without it.
+SPECKS = masks.where(lambda batch, head, q, k: (q % 16 == 6) & (k % 16 == 5))
+SPARSE = masks.where(lambda batch, head, q, k: (q % 16 == 6) & (k % 16 == 9) | (q % 16 == 2) & (q - k + (k - q) != 0))
+STRIPES = masks.where(lambda batch, head, q, k: k // 8 % 2 == 0)  # of a tile intervals know nothing, of parts all
+ROWS_CANCEL = masks.where(lambda batch, head, q, k: ((q - k) + (k - q) == 0) & (q // 16 % 2 == 0))
 TURNED = masks.where(lambda batch, head, q, k: ((q - k) % 32 < 16) & (q >= 0))
 
 
@@ -54,23 +59,47 @@ def hard(name: str, block: int = 32) -> tuple[masks.Mask, Asked]:
 LENGTHS = ((20, 40), (0, 5), (5, 0), (33, 17))
 PLAIN, LARGE = lists(WINDOW), lists(MIXED, lengths=((6, 900),), block_m=2, block_n=3)
 TALL = lists(MIXED, lengths=((400, 20),), block_m=2, block_n=3)
+SPECK = lists(masks.where(lambda batch, head, q, k: (q % 64 == 30) & (k % 64 == 37)), block_m=64, block_n=64)
 HEADS = lists(OWN, num_heads=4, num_kv_heads=2)
 PACKED = lists(BOTH, lengths=LENGTHS, num_heads=4, num_kv_heads=2, packed=True, tail=(3, 20))
 
 IN_LISTS = [
     Mutation("the last tile is dropped", ROWS, "ceil_div(work.len_k, C.block_n) : 0", "work.len_k / C.block_n : 0",
              PLAIN, WrongResult),
-    Mutation("partial tiles are full", ROWS, "some && hidden ? kPartial : some ?", "some ?", PLAIN, WrongResult),
+    Mutation("partial tiles are full", ROWS, "hidden ? kPartial : kFull", "kFull", PLAIN, WrongResult),
     Mutation("a tile is full without its last keys", ROWS, "(tile + 1) * C.block_n > work.len_k",
              "tile * C.block_n > work.len_k", lists(ROWS_END), WrongResult),
-    Mutation("sight of one kind ends the search", ROWS, "ptx::vote_any(some) && ptx::vote_any(hidden)",
-             "ptx::vote_any(some)", hard("what cancels", 16), WrongResult),
-    Mutation("keys of the next tile are looked at", ROWS, "            if (key < key_end) {", "            if (true) {",
-             hard("what cancels", 16), WrongResult),
-    Mutation("what is found goes to every lane", ROWS, "if (lane == source) verdict = seen;", "verdict = seen;",
-             hard("what cancels", 16), (WrongResult, OutOfBounds)),
-    Mutation("tiles of the first warp are looked at", ROWS, "(first + 32 * warp + source) * C.block_n",
-             "(first + source) * C.block_n", LARGE, WrongResult),
+    Mutation("sight of one kind ends the search", ROWS, "!(visible && hidden); ++step", "!visible; ++step",
+             lists(~SPECKS), WrongResult),
+    Mutation("sight of one kind ends the look at a part", ROWS, "!(visible && hidden); --looks", "!hidden; --looks",
+             SPECK, WrongResult),
+    Mutation("keys of the next tile are looked at", ROWS, "min(key, tile.key_end - 1));", "key);",
+             hard("what cancels", 12), WrongResult),
+    Mutation("queries of the next tile are looked at", ROWS, "min(query, tile.query_end - 1), min", "query, min",
+             lists(ROWS_CANCEL, block_m=10), WrongResult),
+    Mutation("a part of its first query", ROWS, "min(query + kQueries, tile.query_end)", "query + 1", lists(SPECKS),
+             WrongResult),
+    Mutation("a part of its first key", ROWS, "min(key + kKeys, tile.key_end)}", "key + 1}", lists(SPECKS),
+             WrongResult),
+    Mutation("nothing of a part that intervals know", ROWS, "int part = lane,", "int part = 0,", lists(STRIPES),
+             WrongResult),
+    Mutation("a part of which intervals are sure is in doubt, others are not", ROWS, "!truth.all && !truth.none",
+             "truth.none", SPECK, WrongResult),
+    Mutation("one look at a part", ROWS, "looks = Parts::kLooks;", "looks = 1;", SPECK, WrongResult),
+    Mutation("the first part in doubt alone", ROWS, "doubtful &= doubtful - 1;", "doubtful = 0;", lists(SPARSE),
+             WrongResult),
+    Mutation("tiles of the first threads are open", ROWS, "open.threads[i])", "i)", LARGE,
+             (WrongResult, Uninitialized, Race)),
+    Mutation("open tiles of other warps are not counted", ROWS, "place += w < warp ? counts[w] : 0;", ";", LARGE,
+             (WrongResult, Race, Uninitialized)),
+    Mutation("verdicts in the order of open tiles", ROWS, "open.verdicts[tile - first] =", "open.verdicts[i] =", LARGE,
+             (WrongResult, Uninitialized)),
+    Mutation("open tiles of the first turn alone", ROWS, "i += C.num_warps) {", "i += 99 * C.num_warps) {", LARGE,
+             (WrongResult, Uninitialized)),
+    Mutation("no barrier before the open tiles are read", ROWS, f"{SYNC}  // the open tiles are there", ";", LARGE,
+             (Race, Uninitialized)),
+    Mutation("no barrier before the verdicts are read", ROWS, f"{SYNC}  // the verdicts are there", ";", LARGE,
+             (Race, Uninitialized)),
     Mutation("queries past the last decide", ROWS, "min(work.row_begin + C.block_m, work.len_q)",
              "work.row_begin + C.block_m", lists(ROWS_END), WrongResult),
     Mutation("full tiles of other warps are not counted", ROWS, ", fulls_before += counts[1][w]", "", LARGE,
@@ -80,8 +109,6 @@ IN_LISTS = [
     Mutation("full tiles begin behind the list", ROWS, "params.list_pitch - 1 - fulls_before",
              "params.list_pitch - fulls_before", PLAIN, (WrongResult, OutOfBounds, Race)),
     Mutation("no barrier before the counts are read", ROWS, f"{SYNC}  // the counts are there", ";", LARGE, Race),
-    Mutation("no barrier before the counts are replaced", ROWS, f"{SYNC}  // everyone has read the counts", ";", LARGE,
-             Race),
     Mutation("counts are swapped", ROWS, "thread == 0 ? partial : full", "thread == 0 ? full : partial", PLAIN,
              WrongResult),
     Mutation("full tiles take no turn", ROWS, "partials_before + fulls_before", "partials_before", PLAIN, WrongResult),
