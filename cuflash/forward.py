@@ -218,8 +218,7 @@ def _launch(
     words[AT["lse"]] = call.workspace(split.partials.lse_shape, split.partials.dtype, "lse_partial")
     launches.forward(words.view(FORWARD_BYTES))
     merge = split.words.copy()
-    merge[COMBINE_AT["states"]] += words[AT["o"]]
-    merge[COMBINE_AT["lses"]] += words[AT["lse"]]
+    merge[COMBINE_AT["states"]], merge[COMBINE_AT["lses"]] = words[AT["o"]], words[AT["lse"]]
     merge[COMBINE_AT["o"]], merge[COMBINE_AT["lse"]] = o_address, lse_address
     split.combine(merge.view(COMBINE_BYTES))
 

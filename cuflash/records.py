@@ -14,9 +14,16 @@ import numpy as np
 from cuflash.errors import InvalidValueError
 from cuflash.layout import ALIGNMENT, Layout, contiguous_strides
 from cuflash.plan.backward import BackwardPlan
-from cuflash.plan.config import MAX_SPLITS, state_dtype
+from cuflash.plan.config import state_dtype
 from cuflash.plan.forward import ForwardPlan
-from cuflash.plan.params import BACKWARD_PARAMS, COMBINE_PARAMS, FORWARD_PARAMS, NO_BOUND, TILE_LIST_PARAMS
+from cuflash.plan.params import (
+    BACKWARD_PARAMS,
+    COMBINE_PARAMS,
+    FORWARD_PARAMS,
+    MERGE_PARAMS,
+    NO_BOUND,
+    TILE_LIST_PARAMS,
+)
 from cuflash.plan.tile_lists import TileListPlan
 from cuflash.problem import Problem
 
@@ -214,7 +221,7 @@ def combine_record(
 
 
 def split_combine_record(problem: Problem, num_splits: int, o: Layout, lse_shape: Sequence[int]) -> np.ndarray:
-    """Parameters of the launch that merges the partial states of a split plan; its addresses are offsets in bytes."""
+    """Parameters of the launch that merges the partial states of a split plan."""
     partial = partials(problem, num_splits)
     _, batch, tokens, num_heads, _ = partial.shape
     record = combine_record(
@@ -225,7 +232,13 @@ def split_combine_record(problem: Problem, num_splits: int, o: Layout, lse_shape
         token_strides("out", o),
         lse_strides(contiguous_strides(lse_shape, 1)),
     )
-    size = partial.dtype.itemsize
-    record["states"] = np.arange(MAX_SPLITS) * (partial.strides[0] * size)
-    record["lses"] = np.arange(MAX_SPLITS) * (partial.lse_strides[0] * size)
+    record["state_stride"], record["state_lse_stride"] = partial.strides[0], partial.lse_strides[0]
+    return record
+
+
+def merge_record(rows: np.ndarray, states: Sequence[int], lses: Sequence[int]) -> np.ndarray:
+    """Parameters of a launch that merges states at these addresses; `rows` says the rest."""
+    record = np.zeros((), MERGE_PARAMS)
+    record["rows"] = rows
+    record["states"][: len(states)], record["lses"][: len(lses)] = states, lses
     return record

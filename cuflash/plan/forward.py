@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from math import gcd
 
 from cuflash.errors import ConfigError, InvalidValueError
+from cuflash.layout import ALIGNMENT
 from cuflash.options import Options
 from cuflash.plan.arch import Arch
 from cuflash.plan.config import (
@@ -33,6 +35,8 @@ DECODE_TILES = ((16, 1), (32, 2), (64, 4))  # rows and warps, for few queries ov
 DECODE_WARPS = 6  # of a multiprocessor, which issue what it takes to use the keys and values as fast as they come
 MIN_DECODE_SPLIT_KEYS = 128
 COMBINE_WARPS = 4
+FEW_STATES = 8  # that one warp merges with all of them under way
+MAX_COMBINE_SHARED = 32768  # bytes of a block that merges the parts of its warps
 
 
 @dataclass(frozen=True)
@@ -155,10 +159,25 @@ def ranked_configs(problem: Problem, arch: Arch, *, load_bytes: int, store_bytes
     return sorted(fitting, key=lambda config: clocks_per_query(config, arch, few_rows))
 
 
-def plan_combine(state_dtype: str, out_dtype: str, head_dim_v: int, rows: int) -> Launch:
-    """The launch that merges partial states of `rows` rows, a warp each."""
-    config = CombineConfig(state_dtype, out_dtype, head_dim_v, COMBINE_WARPS)
-    return _launch(config, -(-rows // config.num_warps))
+def plan_combine(
+    dtype: str,
+    out_dtype: str,
+    head_dim_v: int,
+    rows: int,
+    *,
+    num_states: int,
+    load_bytes: int,
+    kind: type[CombineConfig] = CombineConfig,
+) -> Launch:
+    """The launch that merges partial states of `rows` rows: of few states a warp each, else a block each.
+
+    Nothing but the number of states decides, so that a row's bits do not depend on how many rows there are.
+    `load_bytes` is the widest access that every row of the states is aligned to.
+    """
+    parts = COMBINE_WARPS * ELEMENT_BYTES[state_dtype(dtype)] * head_dim_v  # bytes of shared memory
+    row_warps = 1 if num_states <= FEW_STATES or parts > MAX_COMBINE_SHARED else COMBINE_WARPS
+    config = kind(dtype, out_dtype, head_dim_v, load_bytes, row_warps, COMBINE_WARPS)
+    return _launch(config, -(-rows * row_warps // COMBINE_WARPS))
 
 
 def _plan(problem: Problem, config: ForwardConfig, num_splits: int) -> ForwardPlan:
@@ -167,7 +186,11 @@ def _plan(problem: Problem, config: ForwardConfig, num_splits: int) -> ForwardPl
     if config.split:
         tokens = problem.batch * problem.seqlen_q if problem.total_q is None else problem.total_q
         rows = tokens * problem.num_heads
-        combine = plan_combine(state_dtype(config.dtype), problem.dtype, config.head_dim_v, rows)
+        sums = state_dtype(config.dtype)
+        combine = plan_combine(
+            sums, problem.dtype, config.head_dim_v, rows,
+            num_states=num_splits, load_bytes=gcd(ALIGNMENT, ELEMENT_BYTES[sums] * config.head_dim_v),
+        )  # fmt: skip
     tiles = q_tiles(problem, config.block_m, problem.group if config.grouped else 1)
     lists = plan_forward_lists(problem, config, tiles) if config.mask else None
     return ForwardPlan(forward, combine, num_splits, tiles, lists)

@@ -60,12 +60,14 @@ FORWARD_PARAMS = np.dtype(
 
 NO_BOUND = 2**31 - 1  # kernels compute window bounds in 64 bits
 
-COMBINE_PARAMS = np.dtype(
+COMBINE_PARAMS = np.dtype(  # of the kernel that merges the partial states of splits, which lie in one workspace
     [
-        ("states", np.uint64, MAX_SPLITS),  # partial outputs, each laid out by state_strides
-        ("lses", np.uint64, MAX_SPLITS),  # each laid out by state_lse_strides
+        ("states", np.uint64),  # partial outputs
+        ("lses", np.uint64),
         ("o", np.uint64),
         ("lse", np.uint64),  # 0: not wanted
+        ("state_stride", np.int64),  # from one state to the next
+        ("state_lse_stride", np.int64),
         ("state_strides", np.int64, 3),  # batch, token, head
         ("state_lse_strides", np.int64, 3),  # batch, head, token
         ("o_strides", np.int64, 3),
@@ -74,6 +76,15 @@ COMBINE_PARAMS = np.dtype(
         ("num_heads", np.int32),
         ("seqlen_q", np.int32),
         ("rows", np.int64),  # batch * num_heads * seqlen_q
+    ],
+    align=True,
+)
+
+MERGE_PARAMS = np.dtype(  # of the kernel that merges states which lie anywhere
+    [
+        ("rows", COMBINE_PARAMS),  # all but where states lie
+        ("states", np.uint64, MAX_SPLITS),  # each laid out by state_strides of rows
+        ("lses", np.uint64, MAX_SPLITS),  # each laid out by state_lse_strides of rows
     ],
     align=True,
 )

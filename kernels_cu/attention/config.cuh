@@ -87,8 +87,11 @@ struct CombineConfig {
     Element state_dtype;
     Element out_dtype;
     int head_dim_v;
+    int load_bytes;  // widest access that every row of the states is aligned to
+    int row_warps;   // that share the states of a row: one, or all of the block
     int num_warps;
 };
+using MergeConfig = CombineConfig;
 
 // Sorting tokens by a key, for sparse attention.
 struct SortTokensConfig {

@@ -140,12 +140,15 @@ struct TileListParams {
     int turn_pitch;  // key tiles of a sequence at most
 };
 
+// Of the kernel that merges the partial states of splits, which lie in one workspace.
 struct CombineParams {
-    const void* states[kMaxSplits];   // partial outputs, each laid out by state_strides
-    const void* lses[kMaxSplits];     // natural log, each laid out by state_lse_strides
+    const void* states;  // partial outputs
+    const void* lses;    // natural log
     void* o;
     void* lse;  // may be null
-    i64 state_strides[3];  // batch, token, head
+    i64 state_stride;          // from one state to the next
+    i64 state_lse_stride;
+    i64 state_strides[3];      // batch, token, head
     i64 state_lse_strides[3];  // batch, head, token
     i64 o_strides[3];
     i64 lse_strides[3];
@@ -153,6 +156,13 @@ struct CombineParams {
     int num_heads;
     int seqlen_q;
     i64 rows;  // batch * num_heads * seqlen_q
+};
+
+// Of the kernel that merges states which lie anywhere.
+struct MergeParams {
+    CombineParams rows;              // all but where states lie
+    const void* states[kMaxSplits];  // each laid out by rows.state_strides
+    const void* lses[kMaxSplits];    // each laid out by rows.state_lse_strides
 };
 
 struct SortTokensParams {

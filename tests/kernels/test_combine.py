@@ -1,13 +1,15 @@
 """The combine kernel on states of the caller: any dtype, any strides, states that saw nothing."""
 
+import math
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 from cuflash.emulator import Device
-from cuflash.plan.config import state_dtype
+from cuflash.plan.config import MergeConfig, state_dtype
 from cuflash.plan.forward import plan_combine
-from cuflash.plan.params import COMBINE_PARAMS
+from cuflash.plan.params import MERGE_PARAMS
 from tests.kernels.launch import launch
 
 EPS = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-21, "float64": 2.0**-50}
@@ -42,17 +44,22 @@ def test_combine(dtype, dim, states):
     lses[:, 0, 1, :] += 1e4
 
     device = Device("sm_80")
-    record = np.zeros((), COMBINE_PARAMS)
+    record = np.zeros((), MERGE_PARAMS)
+    rows = record["rows"]
     held = [(device.to_device(o, name="o"), device.to_device(x, name="lse")) for o, x in zip(outs, lses, strict=True)]
     record["states"][:states] = [o.pointer for o, _ in held]
     record["lses"][:states] = [lse.pointer for _, lse in held]
     out, lse = device.empty(outs.shape[1:], kind, name="out"), device.empty(lses.shape[1:], sums, name="lse")
-    record["o"], record["lse"] = out.pointer, lse.pointer
-    record["state_strides"] = record["o_strides"] = (tokens * heads * dim, heads * dim, dim)
-    record["state_lse_strides"] = record["lse_strides"] = (heads * tokens, tokens, 1)
-    record["num_states"], record["num_heads"], record["seqlen_q"] = states, heads, tokens
-    record["rows"] = batch * heads * tokens
-    launch(device, plan_combine(dtype, dtype, dim, batch * heads * tokens), record)
+    rows["o"], rows["lse"] = out.pointer, lse.pointer
+    rows["state_strides"] = rows["o_strides"] = (tokens * heads * dim, heads * dim, dim)
+    rows["state_lse_strides"] = rows["lse_strides"] = (heads * tokens, tokens, 1)
+    rows["num_states"], rows["num_heads"], rows["seqlen_q"] = states, heads, tokens
+    rows["rows"] = batch * heads * tokens
+    plan = plan_combine(
+        dtype, dtype, dim, batch * heads * tokens,
+        num_states=states, load_bytes=math.gcd(16, outs.itemsize * dim), kind=MergeConfig,
+    )  # fmt: skip
+    launch(device, plan, record)
 
     want, want_lse = merged(outs, lses)
     got = out.to_host().astype(np.float64)
