@@ -50,6 +50,7 @@ class Split:
     combine: Kernel
     words: np.ndarray
     partials: records.Partials
+    shares_shape: tuple[int, int] | None  # of the table that says whose the partial states of even work are
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +165,9 @@ def _launches(
         return Launches(forward, words, None, lists)
     split = Split(
         device.load(plan.combine),
-        records.as_words(records.split_combine_record(problem, plan.num_splits, out, lse_shape)),
-        records.partials(problem, plan.num_splits),
+        records.as_words(records.split_combine_record(problem, plan, out, lse_shape)),
+        records.partials(problem, plan),
+        None if plan.even is None else (problem.batch, 2),
     )
     return Launches(forward, words, split, lists)
 
@@ -216,9 +218,12 @@ def _launch(
         return
     words[AT["o"]] = call.workspace(split.partials.shape, split.partials.dtype, "o_partial")
     words[AT["lse"]] = call.workspace(split.partials.lse_shape, split.partials.dtype, "lse_partial")
+    if split.shares_shape is not None:
+        words[AT["shares"]] = call.workspace(split.shares_shape, np.dtype(np.int32), "shares")
     launches.forward(words.view(FORWARD_BYTES))
     merge = split.words.copy()
     merge[COMBINE_AT["states"]], merge[COMBINE_AT["lses"]] = words[AT["o"]], words[AT["lse"]]
+    merge[COMBINE_AT["shares"]] = words[AT["shares"]]
     merge[COMBINE_AT["o"]], merge[COMBINE_AT["lse"]] = o_address, lse_address
     split.combine(merge.view(COMBINE_BYTES))
 

@@ -81,13 +81,17 @@ class Partials(NamedTuple):
     lse_strides: tuple[int, int, int, int]  # split, batch, head, token
 
 
-def partials(problem: Problem, num_splits: int) -> Partials:
+def partials(problem: Problem, plan: ForwardPlan) -> Partials:
     batch, tokens = (1, problem.total_q) if problem.total_q is not None else (problem.batch, problem.seqlen_q)
-    shape = (num_splits, batch, tokens, problem.num_heads, problem.head_dim_v)
-    lse_shape = (num_splits, batch, problem.num_heads, tokens)
-    strides = contiguous_strides(shape, 1)[:-1]
+    if plan.even is not None:
+        batch = 1  # a state is of one sequence
+    shape = (plan.num_splits, batch, tokens, problem.num_heads, problem.head_dim_v)
+    lse_shape = (plan.num_splits, batch, problem.num_heads, tokens)
+    strides, lse_strides = contiguous_strides(shape, 1)[:-1], contiguous_strides(lse_shape, 1)
+    if plan.even is not None:
+        strides, lse_strides = (strides[0], 0, *strides[2:]), (lse_strides[0], 0, *lse_strides[2:])
     dtype = np.dtype(state_dtype(problem.dtype))
-    return Partials(dtype, shape, lse_shape, strides, contiguous_strides(lse_shape, 1))  # type: ignore[arg-type]
+    return Partials(dtype, shape, lse_shape, strides, lse_strides)  # type: ignore[arg-type]
 
 
 def as_words(record: np.ndarray) -> np.ndarray:
@@ -132,13 +136,15 @@ def forward_record(
         record["o_strides"] = token_strides("out", o)
         record["lse_strides"] = lse_strides(contiguous_strides(lse_shape, 1))
     else:
-        partial = partials(problem, plan.num_splits)
+        partial = partials(problem, plan)
         record["o_split_stride"], *record["o_strides"] = partial.strides
         record["lse_split_stride"], *record["lse_strides"] = partial.lse_strides
     if bias is not None:
         record["bias_strides"] = bias_strides(bias)
     _set_problem(record, problem)
     record["num_splits"], record["q_tiles"] = plan.num_splits, plan.q_tiles
+    if plan.even is not None:
+        record["full_shares"], record["least_tiles"] = plan.even.full, plan.even.least
     record["block_size"] = problem.block_size or 0
     record["table_pitch"] = problem.seqlen_k // problem.block_size if problem.block_size else 0
     _set_mask(record, problem, plan.lists)
@@ -220,13 +226,13 @@ def combine_record(
     return record
 
 
-def split_combine_record(problem: Problem, num_splits: int, o: Layout, lse_shape: Sequence[int]) -> np.ndarray:
+def split_combine_record(problem: Problem, plan: ForwardPlan, o: Layout, lse_shape: Sequence[int]) -> np.ndarray:
     """Parameters of the launch that merges the partial states of a split plan."""
-    partial = partials(problem, num_splits)
-    _, batch, tokens, num_heads, _ = partial.shape
+    partial = partials(problem, plan)
+    tokens, num_heads = partial.shape[2:4]
     record = combine_record(
-        (batch, tokens, num_heads),
-        num_splits,
+        (1 if problem.varlen else problem.batch, tokens, num_heads),
+        plan.num_splits,
         partial.strides[1:],
         partial.lse_strides[1:],
         token_strides("out", o),

@@ -49,6 +49,7 @@ class ForwardConfig(KernelConfig):
     mask: str = ""  # its C++, `cuflash.masks.program.Program.code`; key tiles then come from lists
     paged: bool = False  # keys and values lie in the blocks that a table names
     grouped: bool = False  # rows of a tile are the query heads of a group, token after token
+    even: bool = False  # split; blocks take shares of about the same size of all sequences' keys
 
     family = "forward"
     record = "Forward"

@@ -22,6 +22,7 @@ from cuflash.plan.config import (
 from cuflash.plan.cost import Work, blocks_per_sm, cycles, fits_registers, shared_bytes
 from cuflash.plan.kernel import KernelConfig
 from cuflash.plan.launch import MAX_BLOCKS, Launch
+from cuflash.plan.shares import EvenWork, even_work
 from cuflash.plan.tile_lists import TileListPlan, plan_forward_lists
 from cuflash.problem import Problem
 
@@ -34,6 +35,7 @@ MIN_SPLIT_KEYS = 256  # a split of fewer is all overhead
 DECODE_TILES = ((16, 1), (32, 2), (64, 4))  # rows and warps, for few queries over a cache
 DECODE_WARPS = 6  # of a multiprocessor, which issue what it takes to use the keys and values as fast as they come
 MIN_DECODE_SPLIT_KEYS = 128
+FEW_SHARES = 4  # of the longest sequence, which are not worth a second launch where the device is full without
 COMBINE_WARPS = 4
 FEW_STATES = 8  # that one warp merges with all of them under way
 MAX_COMBINE_SHARED = 32768  # bytes of a block that merges the parts of its warps
@@ -48,9 +50,10 @@ class ForwardPlan:
 
     forward: Launch
     combine: Launch | None
-    num_splits: int
+    num_splits: int  # partial states of each query; of even work, of all sequences in all
     q_tiles: int
     lists: TileListPlan | None
+    even: EvenWork | None = None
 
 
 def plan_forward(
@@ -94,8 +97,11 @@ def plan_forward(
     grouped = paged and problem.group > 1 and problem.seqlen_q <= FEW_ROWS and problem.mask is None
     required |= {"paged": paged, "grouped": grouped}
     if options.config is not None:
-        config = replace(options.config, mask=problem.mask_code, paged=paged, grouped=grouped)
+        even = options.config.split and options.num_splits is None and _can_be_even(problem)
+        config = replace(options.config, mask=problem.mask_code, paged=paged, grouped=grouped, even=even)
         _validate(config, required, options.num_splits, arch)
+        if even:
+            return _plan_even(problem, config, arch, sms)
         splits = options.num_splits or (_num_splits(problem, config, arch, sms) if config.split else 1)
         return _plan(problem, config, splits)
     rows = problem.seqlen_q * (problem.group if grouped else 1)
@@ -107,6 +113,8 @@ def plan_forward(
         return _best_config(fields, arch, rows <= FEW_ROWS, split)
 
     config = best(split=False)
+    if options.num_splits is None and _can_be_even(problem) and _is_uneven(problem, config, arch, sms):
+        return _plan_even(problem, replace(best(split=True), even=True), arch, sms)
     splits = options.num_splits or _num_splits(problem, config, arch, sms)
     return _plan(problem, best(split=True) if splits > 1 else config, splits)
 
@@ -114,6 +122,19 @@ def plan_forward(
 def _is_decode(problem: Problem) -> bool:
     """Whether every key and value is used by few queries, once: by no more work than it takes to read them."""
     return problem.block_size is not None and problem.seqlen_q <= FEW_ROWS
+
+
+def _can_be_even(problem: Problem) -> bool:
+    """Whether the device can cut the keys of all sequences into shares of the same size."""
+    tiles = problem.batch * problem.seqlen_k // 16  # at most, which the device adds up in 32 bits
+    return _is_decode(problem) and not problem.varlen and problem.mask is None and tiles < 2**31
+
+
+def _is_uneven(problem: Problem, config: ForwardConfig, arch: Arch, sms: int) -> bool:
+    """Whether lengths may leave the device idle: there are too few blocks, or the last ones may be long."""
+    shares = -(-_most_visible_keys(problem, config.block_m) // MIN_DECODE_SPLIT_KEYS)  # of a sequence, at most
+    full = _blocks(problem, config) >= sms * blocks_per_sm(config, arch)
+    return shares > (FEW_SHARES if full else 1)
 
 
 @cache
@@ -180,8 +201,18 @@ def plan_combine(
     return _launch(config, -(-rows * row_warps // COMBINE_WARPS))
 
 
-def _plan(problem: Problem, config: ForwardConfig, num_splits: int) -> ForwardPlan:
-    forward = _launch(config, _blocks(problem, config) * num_splits)
+def _plan_even(problem: Problem, config: ForwardConfig, arch: Arch, sms: int) -> ForwardPlan:
+    blocks = _blocks(problem, config) // problem.batch  # of a share
+    most = -(-_most_visible_keys(problem, config.block_m) // config.block_n)
+    most += problem.left is not None  # a window may begin within a tile
+    least = -(-MIN_DECODE_SPLIT_KEYS // config.block_n)
+    even = even_work(problem.batch, most, least, sms * max(1, blocks_per_sm(config, arch)) // blocks)
+    return _plan(problem, config, even.slots, even)
+
+
+def _plan(problem: Problem, config: ForwardConfig, num_splits: int, even: EvenWork | None = None) -> ForwardPlan:
+    blocks = _blocks(problem, config)
+    forward = _launch(config, (blocks if even is None else blocks // problem.batch) * num_splits)
     combine = None
     if config.split:
         tokens = problem.batch * problem.seqlen_q if problem.total_q is None else problem.total_q
@@ -193,7 +224,7 @@ def _plan(problem: Problem, config: ForwardConfig, num_splits: int) -> ForwardPl
         )  # fmt: skip
     tiles = q_tiles(problem, config.block_m, problem.group if config.grouped else 1)
     lists = plan_forward_lists(problem, config, tiles) if config.mask else None
-    return ForwardPlan(forward, combine, num_splits, tiles, lists)
+    return ForwardPlan(forward, combine, num_splits, tiles, lists, even)
 
 
 def _launch(config: KernelConfig, blocks: int) -> Launch:

@@ -25,6 +25,7 @@ struct ForwardConfig {
     bool mask;   // the unit defines one; key tiles come from lists
     bool paged;    // keys and values lie in the blocks that a table names
     bool grouped;  // rows of a tile are the query heads of a group, token after token
+    bool even;     // split; blocks take shares of about the same size of all sequences' keys
 };
 
 // Rows of a tile that a query has: grouped, one per head of the group.

@@ -23,6 +23,7 @@ struct ForwardParams {
     const int* seq_lens;      // (batch): its keys; paged only
     const int* tile_lists;   // of each query tile its key tiles: (batch or 1, num_heads or 1, q_tiles, list_pitch)
     const int* tile_counts;  // how many: (batch or 1, num_heads or 1, q_tiles, 2), partial and full ones
+    int* shares;             // (batch, 2), written: of each sequence its first partial state, and how many; even work only
     i64 q_strides[3];  // batch, token, head
     i64 k_strides[3];
     i64 v_strides[3];
@@ -47,7 +48,9 @@ struct ForwardParams {
     int total_k;
     int left;  // window; 2^31 - 1 where unbounded
     int right;
-    int num_splits;
+    int num_splits;   // partial states of a query; even work: of all sequences in all, at most
+    int full_shares;  // even work: all keys are as many shares of the largest size
+    int least_tiles;  // even work: key tiles of a share, if its sequence has as many
     int q_tiles;  // query tiles of one head of one batch entry; packed: of one head in all
     int list_pitch;  // key tiles that a list has room for
     int block_size;  // tokens of a block of the cache; paged, k_strides and v_strides are of block, token, head
@@ -144,6 +147,7 @@ struct TileListParams {
 struct CombineParams {
     const void* states;  // partial outputs
     const void* lses;    // natural log
+    const int* shares;   // (batch, 2): of each sequence its first state, and how many; null: num_states of each row
     void* o;
     void* lse;  // may be null
     i64 state_stride;          // from one state to the next

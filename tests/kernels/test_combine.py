@@ -9,7 +9,7 @@ import pytest
 from cuflash.emulator import Device
 from cuflash.plan.config import MergeConfig, state_dtype
 from cuflash.plan.forward import plan_combine
-from cuflash.plan.params import MERGE_PARAMS
+from cuflash.plan.params import COMBINE_PARAMS, MERGE_PARAMS
 from tests.kernels.launch import launch
 
 EPS = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-21, "float64": 2.0**-50}
@@ -67,3 +67,39 @@ def test_combine(dtype, dim, states):
     np.testing.assert_allclose(got, want, rtol=0, atol=4 * EPS[dtype] * np.abs(want).max())
     close = 1e-6 if sums == np.float32 else 1e-15
     np.testing.assert_allclose(lse.to_host(), want_lse, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dim", [7, 64, 130])
+@pytest.mark.parametrize("counts", [(1, 1), (9, 30), (300, 2)])
+def test_combine_of_states_in_a_workspace(dtype, dim, counts):
+    """Of each batch entry as many states as a table says; other slots hold nothing that may be read."""
+    rng = np.random.default_rng(dim)
+    heads, before = 3, 2
+    slots = before + sum(counts)
+    outs = rng.standard_normal((slots, 1, 1, heads, dim)).astype(dtype)
+    lses = (10 * rng.standard_normal((slots, 1, heads, 1))).astype(dtype)
+    firsts = (before, before + counts[0])
+    device = Device("sm_80")
+    record = np.zeros((), COMBINE_PARAMS)
+    o_states, lse_states = device.to_device(outs, name="o_partial"), device.to_device(lses, name="lse_partial")
+    table = device.to_device(np.array(list(zip(firsts, counts, strict=True)), np.int32), name="shares")
+    record["states"], record["lses"], record["shares"] = o_states.pointer, lse_states.pointer, table.pointer
+    out, lse = (
+        device.empty((2, 1, heads, dim), outs.dtype, name="out"),
+        device.empty((2, heads, 1), lses.dtype, name="lse"),
+    )
+    record["o"], record["lse"] = out.pointer, lse.pointer
+    record["state_stride"], record["state_lse_stride"] = heads * dim, heads
+    record["state_strides"], record["state_lse_strides"] = (0, heads * dim, dim), (0, 1, 1)
+    record["o_strides"], record["lse_strides"] = (heads * dim, heads * dim, dim), (heads, 1, 1)
+    record["num_states"], record["num_heads"], record["seqlen_q"], record["rows"] = slots, heads, 1, 2 * heads
+    plan = plan_combine(
+        dtype, dtype, dim, 2 * heads, num_states=slots, load_bytes=math.gcd(16, outs.itemsize * dim)
+    )  # fmt: skip
+    launch(device, plan, record)
+    for b, (first, count) in enumerate(zip(firsts, counts, strict=True)):
+        want, want_lse = merged(outs[first : first + count], lses[first : first + count])
+        np.testing.assert_allclose(out.to_host()[b], want[0], rtol=0, atol=4 * EPS[dtype] * np.abs(want).max())
+        close = 1e-6 if dtype == "float32" else 1e-15
+        np.testing.assert_allclose(lse.to_host()[b], want_lse[0], rtol=close, atol=close)

@@ -187,8 +187,8 @@ MASKS = [
     Mutation(
         "last tile of keys left out",
         TILES,
-        "1 + (tiles.keys.end - 1) / C.block_n",
-        "tiles.keys.end / C.block_n",
+        "1 + (keys.end - 1) / block",
+        "keys.end / block",
         PLAIN,
         WrongResult,
     ),
