@@ -68,7 +68,8 @@ def plan_forward(
     """The configuration that the cost model finds cheapest, and how often the keys are split.
 
     The configuration follows from everything but the lengths, of which it asks only whether there are more than
-    FEW_ROWS queries: a new length, batch or number of heads compiles nothing, except the first problem that is split.
+    FEW_ROWS queries: a new length, batch or number of heads compiles nothing, except the first problem that is split,
+    and the first in more than FEW_STATES parts.
 
     Parameters
     ----------
@@ -220,7 +221,8 @@ def _plan(problem: Problem, config: ForwardConfig, num_splits: int, even: EvenWo
         sums = state_dtype(config.dtype)
         combine = plan_combine(
             sums, problem.dtype, config.head_dim_v, rows,
-            num_states=num_splits, load_bytes=gcd(ALIGNMENT, ELEMENT_BYTES[sums] * config.head_dim_v),
+            num_states=MAX_SPLITS if even else num_splits,  # of a sequence, which only the device knows
+            load_bytes=gcd(ALIGNMENT, ELEMENT_BYTES[sums] * config.head_dim_v),
         )  # fmt: skip
     tiles = q_tiles(problem, config.block_m, problem.group if config.grouped else 1)
     lists = plan_forward_lists(problem, config, tiles) if config.mask else None

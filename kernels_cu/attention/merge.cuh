@@ -79,8 +79,9 @@ struct MergedPart {
                 for (int i = 0; i < Lanes::kAtOnce; ++i) {
                     const T w = ptx::shfl_idx(weight, begin + i);  // 0 past the last state
                     // A state that saw nothing may hold anything.
-                    const auto add_part = [&](int j, int e, int) { o[j][e] = w == 0 ? o[j][e] : fma(w, parts[i][j][e], o[j][e]); };
-                    each_column(add_part, lane);
+                    each_column([&](int j, int e, int) {
+                        o[j][e] = w == 0 ? o[j][e] : fma(w, parts[i][j][e], o[j][e]);
+                    }, lane);
                 }
                 if ((begin += Lanes::kAtOnce) >= count) break;
                 load(begin);

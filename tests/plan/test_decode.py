@@ -68,9 +68,12 @@ def test_all_rows_of_a_sequence_are_one_tile_as_far_as_64(seqlen_q: int, group: 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 def test_no_length_changes_the_configuration(dtype: str) -> None:
-    found = {config(decode(batch, room, dtype=dtype)) for batch in (1, 3, 200) for room in (16, 1600, 128000)}
+    problems = [decode(batch, room, dtype=dtype) for batch in (1, 3, 200) for room in (16, 1600, 128000)]
+    found = {config(problem) for problem in problems}
     assert len({chosen.split for chosen in found}) == len(found) <= 2
     assert all(chosen.even == chosen.split for chosen in found)
+    combines = [launch for launch in (plan(problem).combine for problem in problems) if launch is not None]
+    assert len({launch.config for launch in combines}) == 1
 
 
 def test_splits_follow_from_what_the_host_knows() -> None:
