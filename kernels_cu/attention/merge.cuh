@@ -129,10 +129,12 @@ __device__ __forceinline__ void merge_row(const CombineParams& params, const Sta
             if (column < C.head_dim_v) store_element<C.out_dtype>(params.o, o_offset + column, part.o[j][e] * inverse);
         }, lane);
     } else {
-        __shared__ T outs[kWarps][C.head_dim_v];
+        using Lanes = MergeLanes<C>;
+        constexpr int kPlaces = Lanes::kSteps * Lanes::kSpan;  // of a row, lanes side by side: no two in a bank
+        __shared__ T outs[kWarps][kPlaces];
         __shared__ T peaks[kWarps], sums[kWarps];
         Part::each_column([&](int j, int e, int column) {
-            if (column < C.head_dim_v) outs[warp][column] = part.o[j][e];
+            if (column < C.head_dim_v) outs[warp][32 * (Lanes::kVector * j + e) + lane] = part.o[j][e];
         }, lane);
         if (lane == 0) peaks[warp] = m, sums[warp] = l;
         __syncthreads();  // the parts of all warps are there
@@ -147,10 +149,13 @@ __device__ __forceinline__ void merge_row(const CombineParams& params, const Sta
             l += weights[i] * sums[i];
         }
         const T inverse = l == 0 ? 0 : reciprocal(l);
-        for (int column = thread; column < C.head_dim_v; column += 32 * kWarps) {
+        for (int place = thread; place < kPlaces; place += 32 * kWarps) {
+            const int item = place / 32;  // of the lane
+            const int column = item / Lanes::kVector * Lanes::kSpan + Lanes::kVector * lane + item % Lanes::kVector;
+            if (column >= C.head_dim_v) continue;
             T o = 0;
 #pragma unroll
-            for (int i = 0; i < kWarps; ++i) o = fma(weights[i], outs[i][column], o);
+            for (int i = 0; i < kWarps; ++i) o = fma(weights[i], outs[i][place], o);
             store_element<C.out_dtype>(params.o, o_offset + column, o * inverse);
         }
     }
