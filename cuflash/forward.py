@@ -49,7 +49,7 @@ class Split:
 
     combine: Kernel
     words: np.ndarray
-    partials: Workspaces  # outputs, then lse
+    partials: Workspaces  # outputs, lse; of even work also the table that says whose they are
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,13 +168,14 @@ def _launches(
     lists = None if plan.lists is None else tile_lists.prepare(device, problem, plan.lists)
     if plan.combine is None:
         return Launches(forward, words, None, lists)
-    partials = records.partials(problem, plan.num_splits)
+    parts = records.partials(problem, plan)
+    partials = [("o_partial", parts.shape, parts.dtype), ("lse_partial", parts.lse_shape, parts.dtype)]
+    if plan.even is not None:
+        partials.append(("shares", (problem.batch, 2), np.dtype(np.int32)))
     split = Split(
         device.load(plan.combine),
-        records.as_words(records.split_combine_record(problem, plan.num_splits, out, lse_shape)),
-        workspaces(
-            ("o_partial", partials.shape, partials.dtype), ("lse_partial", partials.lse_shape, partials.dtype)
-        ),
+        records.as_words(records.split_combine_record(problem, plan, out, lse_shape)),
+        workspaces(*partials),
     )
     return Launches(forward, words, split, lists)
 
@@ -223,11 +224,12 @@ def _launch(
         words[AT["o"]], words[AT["lse"]] = o_address, lse_address
         launches.forward(words.view(FORWARD_BYTES))
         return
-    words[AT["o"]], words[AT["lse"]] = call.workspaces(split.partials)
+    for name, address in zip(("o", "lse", "shares"), call.workspaces(split.partials), strict=False):
+        words[AT[name]] = address
     launches.forward(words.view(FORWARD_BYTES))
     merge = split.words.copy()
-    merge[COMBINE_AT["states"]] += words[AT["o"]]
-    merge[COMBINE_AT["lses"]] += words[AT["lse"]]
+    merge[COMBINE_AT["states"]], merge[COMBINE_AT["lses"]] = words[AT["o"]], words[AT["lse"]]
+    merge[COMBINE_AT["shares"]] = words[AT["shares"]]
     merge[COMBINE_AT["o"]], merge[COMBINE_AT["lse"]] = o_address, lse_address
     split.combine(merge.view(COMBINE_BYTES))
 

@@ -15,7 +15,7 @@ from cuflash.check import DTYPE_NAMES
 from cuflash.device import Call, Device
 from cuflash.errors import InvalidDtypeError, InvalidShapeError, InvalidTypeError, InvalidValueError
 from cuflash.layout import Layout, NativeArray, contiguous_strides, layout
-from cuflash.plan.config import MAX_SPLITS, state_dtype
+from cuflash.plan.config import MAX_SPLITS, MergeConfig, state_dtype
 from cuflash.plan.forward import plan_combine
 from cuflash.vjp import Pullback, register
 
@@ -203,6 +203,7 @@ class _States(NamedTuple):
     strides: tuple[int, int, int]
     lse_strides: tuple[int, int, int]
     dtype: str
+    load_bytes: int  # widest access that every row of outs is aligned to
 
 
 def _merge_on_device(
@@ -218,6 +219,7 @@ def _merge_on_device(
         records.token_strides("outs[0]", layout(outs[0])),
         records.lse_strides(records.in_elements("lses[0]", layout(lses[0]))),
         DTYPE_NAMES[out.dtype],
+        records.access_bytes(*map(layout, outs)),
     )
     while len(states.outs) > MAX_SPLITS:
         states = _merge_groups(device, call, states, out.shape, lse.shape)
@@ -247,7 +249,9 @@ def _merge_groups(
         group = slice(start, start + MAX_SPLITS)
         _combine(device, states._replace(outs=states.outs[group], lses=states.lses[group]), out, outs[i], lses[i])
     lse_strides = records.lse_strides(contiguous_strides(lse_shape, 1))
-    return _States(outs, lses, records.token_strides("out", out), lse_strides, dtype.name)
+    return _States(
+        outs, lses, records.token_strides("out", out), lse_strides, dtype.name, records.access_bytes(out)
+    )  # fmt: skip
 
 
 def _combine(device: Device, states: _States, out: Layout, out_address: int, lse_address: int) -> None:
@@ -256,7 +260,7 @@ def _combine(device: Device, states: _States, out: Layout, out_address: int, lse
         len(out.shape), out.shape
     )
     lse_strides = records.lse_strides(contiguous_strides(_lse_shape(out.shape), 1))
-    record = records.combine_record(
+    rows = records.combine_record(
         (batch, tokens, heads),
         len(states.outs),
         states.strides,
@@ -264,11 +268,12 @@ def _combine(device: Device, states: _States, out: Layout, out_address: int, lse
         records.token_strides("out", out),
         lse_strides,
     )
-    record["states"][: len(states.outs)] = states.outs
-    record["lses"][: len(states.lses)] = states.lses
-    record["o"], record["lse"] = out_address, lse_address
-    launch = plan_combine(states.dtype, DTYPE_NAMES[out.dtype], head_dim_v, batch * tokens * heads)
-    device.load(launch)(record.reshape(1))
+    rows["o"], rows["lse"] = out_address, lse_address
+    launch = plan_combine(
+        states.dtype, DTYPE_NAMES[out.dtype], head_dim_v, batch * tokens * heads,
+        num_states=len(states.outs), load_bytes=states.load_bytes, kind=MergeConfig,
+    )  # fmt: skip
+    device.load(launch)(records.merge_record(rows, states.outs, states.lses).reshape(1))
 
 
 register(merge_states, _merge_states_vjp)

@@ -14,9 +14,16 @@ import numpy as np
 from cuflash.errors import InvalidValueError
 from cuflash.layout import ALIGNMENT, Layout, contiguous_strides
 from cuflash.plan.backward import BackwardPlan
-from cuflash.plan.config import MAX_SPLITS, state_dtype
+from cuflash.plan.config import state_dtype
 from cuflash.plan.forward import ForwardPlan
-from cuflash.plan.params import BACKWARD_PARAMS, COMBINE_PARAMS, FORWARD_PARAMS, NO_BOUND, TILE_LIST_PARAMS
+from cuflash.plan.params import (
+    BACKWARD_PARAMS,
+    COMBINE_PARAMS,
+    FORWARD_PARAMS,
+    MERGE_PARAMS,
+    NO_BOUND,
+    TILE_LIST_PARAMS,
+)
 from cuflash.plan.tile_lists import TileListPlan
 from cuflash.problem import Problem
 
@@ -74,13 +81,17 @@ class Partials(NamedTuple):
     lse_strides: tuple[int, int, int, int]  # split, batch, head, token
 
 
-def partials(problem: Problem, num_splits: int) -> Partials:
+def partials(problem: Problem, plan: ForwardPlan) -> Partials:
     batch, tokens = (1, problem.total_q) if problem.total_q is not None else (problem.batch, problem.seqlen_q)
-    shape = (num_splits, batch, tokens, problem.num_heads, problem.head_dim_v)
-    lse_shape = (num_splits, batch, problem.num_heads, tokens)
-    strides = contiguous_strides(shape, 1)[:-1]
+    if plan.even is not None:
+        batch = 1  # a state is of one sequence
+    shape = (plan.num_splits, batch, tokens, problem.num_heads, problem.head_dim_v)
+    lse_shape = (plan.num_splits, batch, problem.num_heads, tokens)
+    strides, lse_strides = contiguous_strides(shape, 1)[:-1], contiguous_strides(lse_shape, 1)
+    if plan.even is not None:
+        strides, lse_strides = (strides[0], 0, *strides[2:]), (lse_strides[0], 0, *lse_strides[2:])
     dtype = np.dtype(state_dtype(problem.dtype))
-    return Partials(dtype, shape, lse_shape, strides, contiguous_strides(lse_shape, 1))  # type: ignore[arg-type]
+    return Partials(dtype, shape, lse_shape, strides, lse_strides)  # type: ignore[arg-type]
 
 
 def as_words(record: np.ndarray) -> np.ndarray:
@@ -125,13 +136,15 @@ def forward_record(
         record["o_strides"] = token_strides("out", o)
         record["lse_strides"] = lse_strides(contiguous_strides(lse_shape, 1))
     else:
-        partial = partials(problem, plan.num_splits)
+        partial = partials(problem, plan)
         record["o_split_stride"], *record["o_strides"] = partial.strides
         record["lse_split_stride"], *record["lse_strides"] = partial.lse_strides
     if bias is not None:
         record["bias_strides"] = bias_strides(bias)
     _set_problem(record, problem)
     record["num_splits"], record["q_tiles"] = plan.num_splits, plan.q_tiles
+    if plan.even is not None:
+        record["most_shares"], record["least_tiles"] = plan.even.most, plan.even.least
     record["block_size"] = problem.block_size or 0
     record["table_pitch"] = problem.seqlen_k // problem.block_size if problem.block_size else 0
     _set_mask(record, problem, plan.lists)
@@ -213,19 +226,25 @@ def combine_record(
     return record
 
 
-def split_combine_record(problem: Problem, num_splits: int, o: Layout, lse_shape: Sequence[int]) -> np.ndarray:
-    """Parameters of the launch that merges the partial states of a split plan; its addresses are offsets in bytes."""
-    partial = partials(problem, num_splits)
-    _, batch, tokens, num_heads, _ = partial.shape
+def split_combine_record(problem: Problem, plan: ForwardPlan, o: Layout, lse_shape: Sequence[int]) -> np.ndarray:
+    """Parameters of the launch that merges the partial states of a split plan."""
+    partial = partials(problem, plan)
+    tokens, num_heads = partial.shape[2:4]
     record = combine_record(
-        (batch, tokens, num_heads),
-        num_splits,
+        (1 if problem.varlen else problem.batch, tokens, num_heads),
+        plan.num_splits,
         partial.strides[1:],
         partial.lse_strides[1:],
         token_strides("out", o),
         lse_strides(contiguous_strides(lse_shape, 1)),
     )
-    size = partial.dtype.itemsize
-    record["states"] = np.arange(MAX_SPLITS) * (partial.strides[0] * size)
-    record["lses"] = np.arange(MAX_SPLITS) * (partial.lse_strides[0] * size)
+    record["state_stride"], record["state_lse_stride"] = partial.strides[0], partial.lse_strides[0]
+    return record
+
+
+def merge_record(rows: np.ndarray, states: Sequence[int], lses: Sequence[int]) -> np.ndarray:
+    """Parameters of a launch that merges states at these addresses; `rows` says the rest."""
+    record = np.zeros((), MERGE_PARAMS)
+    record["rows"] = rows
+    record["states"][: len(states)], record["lses"][: len(lses)] = states, lses
     return record

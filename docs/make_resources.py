@@ -30,7 +30,7 @@ Place = tuple[str, Row, str]  # of a cell: family, row, architecture
 
 HEADS: dict[str, Row] = {  # by family of kernels
     "forward": ("head_dim", "features", "tile", "warps", "stages", "Q in registers", "shared KiB"),
-    "combine": ("head_dim", "states", "warps"),
+    "combine": ("head_dim", "states", "warps a row"),
     "backward": ("head_dim", "features", "tile", "columns", "warps (along keys)", "stages", "shared KiB"),
     "prepare": ("head_dim", "features", "queries", "warps"),
     "finish": ("head_dim", "features", "queries", "columns", "warps"),
@@ -78,7 +78,7 @@ def row(config: KernelConfig) -> Row:
     """What identifies a kernel in the table of its family; both dtypes share a row."""
     if isinstance(config, CombineConfig):
         states = "float32" if config.state_dtype == "float32" else "as the output"
-        return str(config.head_dim_v), states, str(config.num_warps)
+        return str(config.head_dim_v), states, str(config.row_warps)
     if not isinstance(config, ForwardConfig | BackwardConfig | BiasGradientConfig):
         raise TypeError(f"config = {config}: must be of a family of HEADS")
     first, warps = (str(config.head_dim), features(config)), str(config.num_warps)

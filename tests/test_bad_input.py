@@ -269,7 +269,11 @@ MADE = {
     "config block_m": (ForwardConfig, {**CONFIG, "block_m": 72}, Value, "block_m = 72: must be a multiple of 16"),
     "config warps": (ForwardConfig, {**CONFIG, "num_warps": 3}, Value, "num_warps = 3: must be 1, 2, 4 or 8"),
     "config state": (
-        CombineConfig, {"state_dtype": "tf32", "out_dtype": "float32", "head_dim_v": 8, "num_warps": 4},
+        CombineConfig,
+        {
+            "state_dtype": "tf32", "out_dtype": "float32", "head_dim_v": 8, "load_bytes": 4, "row_warps": 1,
+            "num_warps": 4,
+        },
         Value, "CombineConfig.state_dtype = 'tf32': must be one of",
     ),
     "unknown arch": (emulate, {"arch": "sm_75"}, Value, "arch = 'sm_75': must be one of sm_80"),

@@ -11,7 +11,7 @@ import pytest
 
 import cuflash
 from cuflash.errors import DeviceError, InvalidShapeError, InvalidValueError
-from cuflash.plan.params import BACKWARD_PARAMS, COMBINE_PARAMS, FORWARD_PARAMS
+from cuflash.plan.params import BACKWARD_PARAMS, COMBINE_PARAMS, FORWARD_PARAMS, MERGE_PARAMS
 from tests.fake_cupy import FakeCupy, fake_cupy, ndarray
 
 
@@ -27,7 +27,7 @@ def gpu(*shape: int, dtype: Any = np.float16, device_id: int = 0) -> ndarray:
 
 def record(launch: tuple[Any, ...]) -> np.ndarray:
     data = launch[4]
-    records = {params.itemsize: params for params in (FORWARD_PARAMS, BACKWARD_PARAMS, COMBINE_PARAMS)}
+    records = {params.itemsize: params for params in (FORWARD_PARAMS, BACKWARD_PARAMS, COMBINE_PARAMS, MERGE_PARAMS)}
     return np.frombuffer(data, records[len(data)])[0]
 
 
@@ -76,8 +76,8 @@ def test_split_keys_combine_in_workspaces(cupy: FakeCupy) -> None:
     assert forward["num_splits"] == combine["num_states"] == 3
     assert combine["o"] == out.data.ptr
     assert combine["lse"] == 0
-    assert combine["states"][:3].tolist() == [int(forward["o"]) + i * 4 * 64 * 4 for i in range(3)]
-    assert combine["lses"][:3].tolist() == [int(forward["lse"]) + i * 4 * 4 for i in range(3)]
+    assert (combine["states"], combine["state_stride"]) == (forward["o"], 4 * 64)
+    assert (combine["lses"], combine["state_lse_stride"]) == (forward["lse"], 4)
     assert combine["rows"] == 4
 
 
@@ -217,10 +217,10 @@ def test_merge_of_many_states_is_a_tree(cupy: FakeCupy) -> None:
     out, lse = cuflash.merge_states(states, lses)
     assert (out.shape, lse.shape) == ((7, 2, 16), (2, 7))
     merges = [record(launch) for launch in cupy.launches]
-    assert [int(merge["num_states"]) for merge in merges] == [128, 128, 44, 3]
+    assert [int(merge["rows"]["num_states"]) for merge in merges] == [128, 128, 44, 3]
     assert merges[0]["states"][1] - merges[0]["states"][0] == 7 * 2 * 16 * 2
-    assert merges[3]["states"][:3].tolist() == [merge["o"] for merge in merges[:3]]
-    assert merges[3]["o"] == out.data.ptr
+    assert merges[3]["states"][:3].tolist() == [merge["rows"]["o"] for merge in merges[:3]]
+    assert merges[3]["rows"]["o"] == out.data.ptr
     assert len(cupy.loads) == 2  # float16 states, float32 states
 
 

@@ -20,6 +20,7 @@ from tests.paged.cases import paged
 from tests.test_io_model_exact import agree
 
 LENGTHS = (37, 5, 130, 0, 64)
+UNEVEN = (900, 3, 0, 41, 200)
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ CASES = (
     *(Case(n, kv, block_size=size) for n, kv, size in ((8, 2, 16), (4, 4, 5), (6, 1, 1), (32, 1, 48), (20, 1, 7))),
     *(Case(keywords={"window": window}, block_size=size) for window in ((20, None), (0, 0)) for size in (1, 16, 200)),
     *(Case(splits=splits, lengths=(700, 1, 0, 333)) for splits in (1, 3, 7)),
+    *(Case(lengths=lengths, block_size=size, keywords={"return_lse": True})
+      for lengths in (UNEVEN, (700, 350, 233, 175), (*range(37), 500), (0, 0, 300)) for size in (1, 5, 16)),
+    *(Case(lengths=UNEVEN, queries=n, heads=heads, keywords={"window": (300, 0)})
+      for n, heads in ((1, 8), (4, 4), (9, 20))),
+    Case(2, 1, dim=32, lengths=(17000, 5)),  # more than 128 states
     Case(4, 4, splits=5, lengths=(300, 90), keywords={"return_lse": True, "window": (100, 0)}),
     *(Case(queries=n, lengths=(50, 41, 130, 2), heads=heads) for n, heads in ((4, 4), (3, 16), (40, 4), (17, 2))),
     *(Case(queries=(3, 1, 70, 0, 5), block_size=size, dim=80) for size in (7, 16)),

@@ -66,5 +66,5 @@ def test_records_in_words() -> None:
             assert (record[field] == number).all()
     assert list(records.address_words(FORWARD_PARAMS)) == [
         "q", "k", "v", "o", "lse", "bias", "cu_seqlens_q", "cu_seqlens_k", "mask_tables", "block_tables", "seq_lens",
-        "tile_lists", "tile_counts",
+        "tile_lists", "tile_counts", "shares",
     ]

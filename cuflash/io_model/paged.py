@@ -21,6 +21,7 @@ from cuflash.plan.config import ForwardConfig, round_up
 from cuflash.plan.forward import ForwardPlan
 from cuflash.plan.paged_traffic import paged_lengths, paged_tiles, paged_traffic
 from cuflash.problem import Problem
+from cuflash.records import partials
 
 
 def paged_forward(
@@ -77,6 +78,15 @@ def paged_forward(
     return _cost(problem, plan, seq_lens, cu_seqlens_q, return_lse, elements)
 
 
+def workspace_bytes(problem: Problem, plan: ForwardPlan) -> int:
+    """Partial states that there may be, and of even work whose they are."""
+    if plan.combine is None:
+        return 0
+    states = partials(problem, plan)
+    table = 8 * problem.batch if plan.even is not None else 0
+    return states.dtype.itemsize * (math.prod(states.shape) + math.prod(states.lse_shape)) + table
+
+
 def _problem(
     q_shape: Sequence[int],
     k_shape: Sequence[int],
@@ -125,7 +135,7 @@ def _cost(
     for launch in paged_traffic(problem, plan, seq_lens, cu_seqlens_q=cu_seqlens_q, return_lse=return_lse):
         read.update(launch.read)
         written.update(launch.written)
-    partial = sum(written[name] for name in ("o_partial", "lse_partial"))
+    partial = sum(written[name] for name in ("o_partial", "lse_partial", "shares"))
     lengths = paged_lengths(problem, seq_lens, cu_seqlens_q)
     # The same sequences side by side: what must be moved and computed does not depend on where keys lie.
     packing = {
@@ -146,6 +156,6 @@ def _cost(
         dram_bytes=once + 2 * partial,
         matmul_flops=2 * product_count(config.dtype) * visits * tile * columns,
         exponentials=0 if problem.dtype == "float64" else visits * special,
-        workspace_bytes=partial,
+        workspace_bytes=workspace_bytes(problem, plan),
         useful_flops=useful_flops(packed, **packing),
     )

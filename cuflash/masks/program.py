@@ -80,8 +80,8 @@ class Program:
 
     @cached_property
     def grain(self) -> tuple[int, int]:
-        """Queries and keys of the aligned blocks that the mask speaks of: the largest powers of two that divide whatever
-        their indices are divided by; 0 where they never are.
+        """Queries and keys of the aligned blocks that the mask speaks of: the largest powers of two that divide all
+        numbers by which their indices are divided; 0 where they never are.
         """
         return analysis.common_block(self, "q"), analysis.common_block(self, "k")
 

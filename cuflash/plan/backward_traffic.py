@@ -8,8 +8,8 @@ module therefore counts:
 - a block of the backward kernel reads the keys of its tile that some query sees, and of each query tile that sees one
   of them the queries that do, with their cotangents, lse and delta of the whole tile, and a bias where they meet; its
   additions to dq and its dk and dv are those of its chunk of columns, all else is read once per chunk;
-- in a fixed order of additions a block asks at least once whether it is its turn, and passes the turn on, for all that it
-  visits of the query tiles which share one;
+- in a fixed order of additions a block asks at least once whether it is its turn, and passes the turn on, for all that
+  it visits of the query tiles which share one;
 - finish reads the sums and writes dq;
 - a block of the gradient of a bias reads the same as one of the backward kernel, of one query head, and keys again
   where it owns a tile of queries rather than all of them; it writes its part of dbias;

@@ -49,6 +49,7 @@ class ForwardConfig(KernelConfig):
     mask: str = ""  # its C++, `cuflash.masks.program.Program.code`; key tiles then come from lists
     paged: bool = False  # keys and values lie in the blocks that a table names
     grouped: bool = False  # rows of a tile are the query heads of a group, token after token
+    even: bool = False  # split; blocks take shares of about the same size of all sequences' keys
 
     family = "forward"
     record = "Forward"
@@ -250,21 +251,35 @@ class TileColumnsConfig(TileRowsConfig):
 
 @dataclass(frozen=True)
 class CombineConfig(KernelConfig):
-    """Compile-time constants of the kernel that merges partial attention states (split keys, `merge_states`)."""
+    """Compile-time constants of the kernel that merges the partial attention states of splits."""
 
     state_dtype: str  # of the partial outputs
     out_dtype: str
     head_dim_v: int
+    load_bytes: int  # widest access that every row of the states is aligned to
+    row_warps: int  # that share the states of a row
     num_warps: int
 
     family = "combine"
     record = "Combine"
+    resident = 1
 
     def __post_init__(self) -> None:
         for field in ("state_dtype", "out_dtype"):
             self.require(getattr(self, field) in ARRAY_DTYPES, field, f"one of {', '.join(ARRAY_DTYPES)}")
         self.require(self.head_dim_v >= 1, "head_dim_v", ">= 1")
+        row_bytes = ELEMENT_BYTES[self.state_dtype] * self.head_dim_v
+        widths = tuple(width for width in (2, 4, 8, 16) if row_bytes % width == 0)
+        self.require(self.load_bytes in widths, "load_bytes", f"one of {widths}, which a row divides into")
+        self.require(self.row_warps in (1, self.num_warps), "row_warps", f"1 or num_warps = {self.num_warps}")
 
     @property
     def entry(self) -> str:
-        return f"cuflash_combine_d{self.head_dim_v}"
+        return f"cuflash_{self.family}_d{self.head_dim_v}"
+
+
+class MergeConfig(CombineConfig):
+    """The same for states that lie anywhere (`merge_states`)."""
+
+    family = "merge"
+    record = "Merge"

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from math import gcd
 from typing import TypeVar
 
 from cuflash.errors import ConfigError, InvalidValueError
+from cuflash.layout import ALIGNMENT
 from cuflash.options import Options
 from cuflash.plan.arch import Arch
 from cuflash.plan.config import (
@@ -22,6 +24,7 @@ from cuflash.plan.config import (
 from cuflash.plan.cost import Work, blocks_per_sm, cycles, fits_registers, shared_bytes
 from cuflash.plan.kernel import KernelConfig
 from cuflash.plan.launch import MAX_BLOCKS, Launch
+from cuflash.plan.shares import EvenWork, even_work
 from cuflash.plan.tile_lists import TileListPlan, plan_forward_lists
 from cuflash.problem import Problem
 
@@ -33,10 +36,13 @@ BUSY_BLOCKS = 64  # blocks a multiprocessor, for which configurations are ranked
 MIN_SPLIT_KEYS = 256  # a split of fewer is all overhead
 DECODE_TILES = ((16, 1), (32, 2), (64, 4))  # rows and warps, for few queries over a cache
 DECODE_WARPS = 6  # of a multiprocessor, which issue what it takes to use the keys and values as fast as they come
-MIN_DECODE_SPLIT_KEYS = 128
+MIN_DECODE_SPLIT_KEYS = 64
+FEW_SHARES = 4  # of the longest sequence, which are not worth a second launch where the device is full without
 COMBINE_WARPS = 4
 LEAST_GRAIN = 16  # queries or keys of a mask's blocks by which tiles are chosen, and
 LEAST_TILE = 64  # queries and keys of a tile below which it is too slow to gain by that
+FEW_STATES = 8  # that one warp merges with all of them under way
+MAX_COMBINE_SHARED = 32768  # bytes of a block that merges the parts of its warps
 
 Config = TypeVar("Config", ForwardConfig, BackwardConfig)
 
@@ -50,9 +56,10 @@ class ForwardPlan:
 
     forward: Launch
     combine: Launch | None
-    num_splits: int
+    num_splits: int  # partial states of each query; of even work, of all sequences in all
     q_tiles: int
     lists: TileListPlan | None
+    even: EvenWork | None = None
 
 
 def plan_forward(
@@ -67,7 +74,8 @@ def plan_forward(
     """The configuration that the cost model finds cheapest, and how often the keys are split.
 
     The configuration follows from everything but the lengths, of which it asks only whether there are more than
-    FEW_ROWS queries: a new length, batch or number of heads compiles nothing, except the first problem that is split.
+    FEW_ROWS queries: a new length, batch or number of heads compiles nothing, except the first problem that is split,
+    and the first in more than FEW_STATES parts.
 
     Parameters
     ----------
@@ -96,8 +104,11 @@ def plan_forward(
     grouped = paged and problem.group > 1 and problem.seqlen_q <= FEW_ROWS and problem.mask is None
     required |= {"paged": paged, "grouped": grouped}
     if options.config is not None:
-        config = replace(options.config, mask=problem.mask_code, paged=paged, grouped=grouped)
+        even = options.config.split and options.num_splits is None and _can_be_even(problem)
+        config = replace(options.config, mask=problem.mask_code, paged=paged, grouped=grouped, even=even)
         _validate(config, required, options.num_splits, arch)
+        if even:
+            return _plan_even(problem, config, arch, sms)
         splits = options.num_splits or (_num_splits(problem, config, arch, sms) if config.split else 1)
         return _plan(problem, config, splits)
     rows = problem.seqlen_q * (problem.group if grouped else 1)
@@ -109,6 +120,8 @@ def plan_forward(
         return _best_config(fields, arch, rows <= FEW_ROWS, split, problem.mask_grain)
 
     config = best(split=False)
+    if options.num_splits is None and _can_be_even(problem) and _is_uneven(problem, config, arch, sms):
+        return _plan_even(problem, replace(best(split=True), even=True), arch, sms)
     splits = options.num_splits or _num_splits(problem, config, arch, sms)
     return _plan(problem, best(split=True) if splits > 1 else config, splits)
 
@@ -116,6 +129,19 @@ def plan_forward(
 def _is_decode(problem: Problem) -> bool:
     """Whether every key and value is used by few queries, once: by no more work than it takes to read them."""
     return problem.block_size is not None and problem.seqlen_q <= FEW_ROWS
+
+
+def _can_be_even(problem: Problem) -> bool:
+    """Whether the device can cut the keys of all sequences into shares of the same size."""
+    tiles = problem.batch * problem.seqlen_k // 16  # at most, which the device adds up in 32 bits
+    return _is_decode(problem) and not problem.varlen and problem.mask is None and tiles < 2**31
+
+
+def _is_uneven(problem: Problem, config: ForwardConfig, arch: Arch, sms: int) -> bool:
+    """Whether lengths may leave the device idle: there are too few blocks, or the last ones may be long."""
+    shares = -(-_most_visible_keys(problem, config.block_m) // MIN_DECODE_SPLIT_KEYS)  # of a sequence, at most
+    full = _blocks(problem, config) >= sms * blocks_per_sm(config, arch)
+    return shares > (FEW_SHARES if full else 1)
 
 
 @cache
@@ -151,7 +177,7 @@ def _best_config(
 
 
 def aligned(configs: list[Config], grain: tuple[int, int]) -> list[Config]:
-    """Those whose tiles lie within the blocks that a mask is made of, so that none is visible in part; all if none does.
+    """Those whose tiles lie within the blocks that a mask is made of, so that none is visible in part, or all.
 
     `grain`: queries and keys of a block, 0 without. Tiles have at least LEAST_TILE keys where such tiles are.
     """
@@ -178,22 +204,52 @@ def ranked_configs(problem: Problem, arch: Arch, *, load_bytes: int, store_bytes
     return sorted(fitting, key=lambda config: clocks_per_query(config, arch, few_rows))
 
 
-def plan_combine(state_dtype: str, out_dtype: str, head_dim_v: int, rows: int) -> Launch:
-    """The launch that merges partial states of `rows` rows, a warp each."""
-    config = CombineConfig(state_dtype, out_dtype, head_dim_v, COMBINE_WARPS)
-    return _launch(config, -(-rows // config.num_warps))
+def plan_combine(
+    dtype: str,
+    out_dtype: str,
+    head_dim_v: int,
+    rows: int,
+    *,
+    num_states: int,
+    load_bytes: int,
+    kind: type[CombineConfig] = CombineConfig,
+) -> Launch:
+    """The launch that merges partial states of `rows` rows: of few states a warp each, else a block each.
+
+    Nothing but the number of states decides, so that a row's bits do not depend on how many rows there are.
+    `load_bytes` is the widest access that every row of the states is aligned to.
+    """
+    parts = COMBINE_WARPS * ELEMENT_BYTES[state_dtype(dtype)] * head_dim_v  # bytes of shared memory
+    row_warps = 1 if num_states <= FEW_STATES or parts > MAX_COMBINE_SHARED else COMBINE_WARPS
+    config = kind(dtype, out_dtype, head_dim_v, load_bytes, row_warps, COMBINE_WARPS)
+    return _launch(config, -(-rows * row_warps // COMBINE_WARPS))
 
 
-def _plan(problem: Problem, config: ForwardConfig, num_splits: int) -> ForwardPlan:
-    forward = _launch(config, _blocks(problem, config) * num_splits)
+def _plan_even(problem: Problem, config: ForwardConfig, arch: Arch, sms: int) -> ForwardPlan:
+    blocks = _blocks(problem, config) // problem.batch  # of a share
+    most = -(-_most_visible_keys(problem, config.block_m) // config.block_n)
+    most += problem.left is not None  # a window may begin within a tile
+    least = -(-MIN_DECODE_SPLIT_KEYS // config.block_n)
+    even = even_work(problem.batch, most, least, sms * max(1, blocks_per_sm(config, arch)) // blocks)
+    return _plan(problem, config, even.slots, even)
+
+
+def _plan(problem: Problem, config: ForwardConfig, num_splits: int, even: EvenWork | None = None) -> ForwardPlan:
+    blocks = _blocks(problem, config)
+    forward = _launch(config, (blocks if even is None else blocks // problem.batch) * num_splits)
     combine = None
     if config.split:
         tokens = problem.batch * problem.seqlen_q if problem.total_q is None else problem.total_q
         rows = tokens * problem.num_heads
-        combine = plan_combine(state_dtype(config.dtype), problem.dtype, config.head_dim_v, rows)
+        sums = state_dtype(config.dtype)
+        combine = plan_combine(
+            sums, problem.dtype, config.head_dim_v, rows,
+            num_states=MAX_SPLITS if even else num_splits,  # of a sequence, which only the device knows
+            load_bytes=gcd(ALIGNMENT, ELEMENT_BYTES[sums] * config.head_dim_v),
+        )  # fmt: skip
     tiles = q_tiles(problem, config.block_m, problem.group if config.grouped else 1)
     lists = plan_forward_lists(problem, config, tiles) if config.mask else None
-    return ForwardPlan(forward, combine, num_splits, tiles, lists)
+    return ForwardPlan(forward, combine, num_splits, tiles, lists, even)
 
 
 def _launch(config: KernelConfig, blocks: int) -> Launch:

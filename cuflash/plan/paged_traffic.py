@@ -5,7 +5,8 @@ As `cuflash.plan.traffic`, with what differs:
 - rows of a tile may be the query heads of a group, whose keys and values are then read once for all of them;
 - keys and values are those of tokens that exist, wherever their blocks lie, and of the table a block reads the entries
   that lead to them: those of a tile of keys once, an entry that two tiles share twice, none past the last token;
-- every block reads the length of its sequence.
+- every block reads the length of its sequence; of even work three times those of all sequences before that, and blocks
+  whose slot no share has read nothing else.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import NamedTuple, cast
 import numpy as np
 
 from cuflash.errors import InvalidValueError
-from cuflash.plan.config import ELEMENT_BYTES, ForwardConfig
+from cuflash.plan.config import ELEMENT_BYTES, CombineConfig, ForwardConfig
 from cuflash.plan.forward import ForwardPlan
 from cuflash.plan.traffic import INDEX, LaunchTraffic, nonzero, slot_owners, sum_bytes
 from cuflash.problem import Problem
@@ -82,17 +83,21 @@ def paged_traffic(
     bias_element = 0 if problem.bias_dtype is None else ELEMENT_BYTES[problem.bias_dtype]
     read: Counter[str] = Counter()
     lengths = paged_lengths(problem, seq_lens, cu_seqlens_q)
-    for (len_q, len_k), count in Counter(lengths).items():
+    splits = splits_of(problem, plan, lengths)
+    for ((len_q, len_k), parts), count in Counter(zip(lengths, splits, strict=True)).items():
         for tile in paged_tiles(problem, config, len_q, len_k):
             blocks = count * heads * chunks
-            read["q"] += blocks * min(plan.num_splits, tile.key_tiles) * tile.rows * config.head_dim * element
+            read["q"] += blocks * min(parts, tile.key_tiles) * tile.rows * config.head_dim * element
             read["k"] += blocks * tile.keys * config.head_dim * element
             read["v"] += count * heads * tile.keys * config.head_dim_v * element
             read["bias"] += blocks * tile.keys * tile.rows * bias_element
             read["block_tables"] += INDEX * blocks * tile.entries
     if problem.total_q is None or cu_seqlens_q is None:
         queries = problem.batch * problem.seqlen_q
-        read["seq_lens"] = INDEX * plan.forward.grid[0]
+        read["seq_lens"] = INDEX * plan.q_tiles * heads * chunks * sum(splits)
+        if plan.even is not None:
+            passes = 3 + (len(plan.even.sizes(visible_tiles(problem, plan, lengths))) > 1)
+            read["seq_lens"] += passes * INDEX * problem.batch * plan.forward.grid[0]
     else:
         queries = problem.total_q
         slots = slot_owners([each * int(start) for start in cu_seqlens_q], config.block_m, plan.q_tiles)
@@ -104,6 +109,25 @@ def paged_traffic(
     result = {"o": rows * config.head_dim_v * element} | ({"lse": rows * wide} if return_lse else {})
     if plan.combine is None:
         return (LaunchTraffic(nonzero(read), nonzero(result)),)
-    states = plan.num_splits * rows * wide
+    states = sum(splits) * rows // problem.batch * wide if plan.even else plan.num_splits * rows * wide
     partial = nonzero({"o_partial": states * config.head_dim_v, "lse_partial": states})
-    return LaunchTraffic(nonzero(read), partial), LaunchTraffic(partial, nonzero(result))
+    if plan.even is None:
+        return LaunchTraffic(nonzero(read), partial), LaunchTraffic(partial, nonzero(result))
+    table = {"shares": 2 * INDEX * problem.batch}
+    merge = cast(CombineConfig, plan.combine.config)
+    looked_up = {"shares": 2 * INDEX * rows * merge.row_warps}
+    return LaunchTraffic(nonzero(read), partial | table), LaunchTraffic(partial | looked_up, nonzero(result))
+
+
+def splits_of(problem: Problem, plan: ForwardPlan, lengths: Sequence[tuple[int, int]]) -> list[int]:
+    """Into how many parts the keys of each sequence are split."""
+    if plan.even is None:
+        return [plan.num_splits] * len(lengths)
+    return plan.even.counts(visible_tiles(problem, plan, lengths))
+
+
+def visible_tiles(problem: Problem, plan: ForwardPlan, lengths: Sequence[tuple[int, int]]) -> list[int]:
+    """Key tiles that the queries of each sequence see."""
+    block_n = cast(ForwardConfig, plan.forward.config).block_n
+    spans = (problem.key_range(0, len_q, len_q, len_k) for len_q, len_k in lengths)
+    return [max(0, -(-end // block_n) - begin // block_n) if begin < end else 0 for begin, end in spans]

@@ -25,6 +25,7 @@ FORWARD_PARAMS = np.dtype(
         ("seq_lens", np.uint64),  # int32 (batch), paged only
         ("tile_lists", np.uint64),  # int32, see `cuflash.plan.tile_lists`
         ("tile_counts", np.uint64),
+        ("shares", np.uint64),  # int32 (batch, 2), written: first partial state, how many; even work only
         ("q_strides", np.int64, 3),  # batch, token, head
         ("k_strides", np.int64, 3),
         ("v_strides", np.int64, 3),
@@ -49,7 +50,9 @@ FORWARD_PARAMS = np.dtype(
         ("total_k", np.int32),
         ("left", np.int32),  # window, NO_BOUND where unbounded
         ("right", np.int32),
-        ("num_splits", np.int32),
+        ("num_splits", np.int32),  # partial states of a query; even work: of all sequences in all, at most
+        ("most_shares", np.int32),  # see `cuflash.plan.shares`
+        ("least_tiles", np.int32),
         ("q_tiles", np.int32),  # query tiles of one head of one batch entry; packed: of one head in all
         ("list_pitch", np.int32),  # key tiles that a list has room for
         ("block_size", np.int32),  # tokens of a block of the cache
@@ -60,12 +63,15 @@ FORWARD_PARAMS = np.dtype(
 
 NO_BOUND = 2**31 - 1  # kernels compute window bounds in 64 bits
 
-COMBINE_PARAMS = np.dtype(
+COMBINE_PARAMS = np.dtype(  # of the kernel that merges the partial states of splits, which lie in one workspace
     [
-        ("states", np.uint64, MAX_SPLITS),  # partial outputs, each laid out by state_strides
-        ("lses", np.uint64, MAX_SPLITS),  # each laid out by state_lse_strides
+        ("states", np.uint64),  # partial outputs
+        ("lses", np.uint64),
+        ("shares", np.uint64),  # int32 (batch, 2): of a sequence the first state, how many; 0: num_states of each row
         ("o", np.uint64),
         ("lse", np.uint64),  # 0: not wanted
+        ("state_stride", np.int64),  # from one state to the next
+        ("state_lse_stride", np.int64),
         ("state_strides", np.int64, 3),  # batch, token, head
         ("state_lse_strides", np.int64, 3),  # batch, head, token
         ("o_strides", np.int64, 3),
@@ -74,6 +80,15 @@ COMBINE_PARAMS = np.dtype(
         ("num_heads", np.int32),
         ("seqlen_q", np.int32),
         ("rows", np.int64),  # batch * num_heads * seqlen_q
+    ],
+    align=True,
+)
+
+MERGE_PARAMS = np.dtype(  # of the kernel that merges states which lie anywhere
+    [
+        ("rows", COMBINE_PARAMS),  # all but where states lie
+        ("states", np.uint64, MAX_SPLITS),  # each laid out by state_strides of rows
+        ("lses", np.uint64, MAX_SPLITS),  # each laid out by state_lse_strides of rows
     ],
     align=True,
 )

@@ -25,6 +25,7 @@ struct ForwardConfig {
     bool mask;   // the unit defines one; key tiles come from lists
     bool paged;    // keys and values lie in the blocks that a table names
     bool grouped;  // rows of a tile are the query heads of a group, token after token
+    bool even;     // split; blocks take shares of about the same size of all sequences' keys
 };
 
 // Rows of a tile that a query has: grouped, one per head of the group.
@@ -87,8 +88,11 @@ struct CombineConfig {
     Element state_dtype;
     Element out_dtype;
     int head_dim_v;
+    int load_bytes;  // widest access that every row of the states is aligned to
+    int row_warps;   // that share the states of a row: one, or all of the block
     int num_warps;
 };
+using MergeConfig = CombineConfig;
 
 // Sorting tokens by a key, for sparse attention.
 struct SortTokensConfig {

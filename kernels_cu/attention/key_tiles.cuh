@@ -37,9 +37,15 @@ struct Span {
     int begin, end;
 };
 
+// The tiles of `block` keys that hold the keys of a span.
+__device__ __forceinline__ Span tiles_of(Span keys, int block) {
+    const int first = keys.begin / block;
+    return {first, keys.begin < keys.end ? 1 + (keys.end - 1) / block : first};
+}
+
 // The tiles that hold a key visible to one of the tile's rows. Positions 0, 1, ... number them in the order of visits:
 // first the cut tiles, of which some scores are masked (those at the right edge or the end of the keys, from the last
-// backwards, then those at the left edge), then the full ones. A split takes an even share of the positions.
+// backwards, then those at the left edge), then the full ones. The block takes its share of the positions.
 struct KeyTiles {
     Span keys;                // visible to at least one row; others are never read
     int first, last;          // tiles [first, last) hold them
@@ -47,7 +53,7 @@ struct KeyTiles {
     int begin, end;           // positions [begin, end) are this block's
 
     template <ForwardConfig C, class Mask>
-    static __device__ __forceinline__ KeyTiles of(const ForwardParams& params, const Work& work) {
+    static __device__ __forceinline__ KeyTiles of(const ForwardParams& params, const Work& work, const Share& share) {
         const Window window(params, work);
         const int each = C.grouped ? params.group : 1;  // rows that a query has
         const int row_first = work.row_begin / each, row_last = (work.row_end(C.block_m) - 1) / each;
@@ -56,15 +62,15 @@ struct KeyTiles {
         tiles.keys.end = C.windowed ? window.end(row_last) : work.len_k;
         const int full_begin = C.windowed ? window.begin(row_last) : 0;
         const int full_end = C.windowed ? window.end(row_first) : work.len_k;
-        tiles.first = tiles.keys.begin / C.block_n;
-        tiles.last = tiles.keys.begin < tiles.keys.end ? 1 + (tiles.keys.end - 1) / C.block_n : tiles.first;
+        const Span held = tiles_of(tiles.keys, C.block_n);
+        tiles.first = held.begin;
+        tiles.last = held.end;
         const int full_last = max(full_end / C.block_n, tiles.first);
         const int full_first = full_begin == 0 ? 0 : 1 + (full_begin - 1) / C.block_n;
         tiles.right_cut = tiles.last - full_last;
         tiles.left_cut = min(full_first, full_last) - tiles.first;
-        const i64 count = tiles.last - tiles.first;
-        tiles.begin = C.split ? static_cast<int>(count * work.split / params.num_splits) : 0;
-        tiles.end = C.split ? static_cast<int>(count * (work.split + 1) / params.num_splits) : static_cast<int>(count);
+        tiles.begin = share.begin(tiles.last - tiles.first);
+        tiles.end = share.end(tiles.last - tiles.first);
         return tiles;
     }
 

@@ -28,19 +28,20 @@ struct ListedKeyTiles {
     int ring[4];  // entries of positions p to p + 2 while p is visited
 
     template <ForwardConfig C, class Mask>
-    static __device__ __forceinline__ ListedKeyTiles of(const ForwardParams& params, const Work& work) {
+    static __device__ __forceinline__ ListedKeyTiles of(const ForwardParams& params, const Work& work,
+                                                       const Share& share) {
         static_assert(!C.grouped);  // lists are of tiles of queries
         const i64 index = list_index<Mask, C.paged>(work.batch_entry, work.head, params.num_heads, work.slot, params.q_tiles);
         ListedKeyTiles tiles;
         tiles.keys = {0, work.len_k};
         tiles.partial = 0;
-        i64 count = 0;
+        int count = 0;
         if (work.row_begin < work.len_q) {
             tiles.partial = params.tile_counts[2 * index];
             count = tiles.partial + params.tile_counts[2 * index + 1];
         }
-        tiles.begin = C.split ? static_cast<int>(count * work.split / params.num_splits) : 0;
-        tiles.end = C.split ? static_cast<int>(count * (work.split + 1) / params.num_splits) : static_cast<int>(count);
+        tiles.begin = share.begin(count);
+        tiles.end = share.end(count);
         tiles.list = params.tile_lists + index * params.list_pitch;
         tiles.last = params.list_pitch - 1;
 #pragma unroll

@@ -23,6 +23,7 @@ struct ForwardParams {
     const int* seq_lens;      // (batch): its keys; paged only
     const int* tile_lists;   // of each query tile its key tiles: (batch or 1, num_heads or 1, q_tiles, list_pitch)
     const int* tile_counts;  // how many: (batch or 1, num_heads or 1, q_tiles, 2), partial and full ones
+    int* shares;             // (batch, 2), written: of each sequence its first partial state, and how many; even work only
     i64 q_strides[3];  // batch, token, head
     i64 k_strides[3];
     i64 v_strides[3];
@@ -47,7 +48,9 @@ struct ForwardParams {
     int total_k;
     int left;  // window; 2^31 - 1 where unbounded
     int right;
-    int num_splits;
+    int num_splits;   // partial states of a query; even work: of all sequences in all, at most
+    int most_shares;  // even work: that are wanted
+    int least_tiles;  // even work: key tiles of a share, if its sequence has as many
     int q_tiles;  // query tiles of one head of one batch entry; packed: of one head in all
     int list_pitch;  // key tiles that a list has room for
     int block_size;  // tokens of a block of the cache; paged, k_strides and v_strides are of block, token, head
@@ -142,12 +145,16 @@ struct TileListParams {
     int turn_pitch;  // key tiles of a sequence at most
 };
 
+// Of the kernel that merges the partial states of splits, which lie in one workspace.
 struct CombineParams {
-    const void* states[kMaxSplits];   // partial outputs, each laid out by state_strides
-    const void* lses[kMaxSplits];     // natural log, each laid out by state_lse_strides
+    const void* states;  // partial outputs
+    const void* lses;    // natural log
+    const int* shares;   // (batch, 2): of each sequence its first state, and how many; null: num_states of each row
     void* o;
     void* lse;  // may be null
-    i64 state_strides[3];  // batch, token, head
+    i64 state_stride;          // from one state to the next
+    i64 state_lse_stride;
+    i64 state_strides[3];      // batch, token, head
     i64 state_lse_strides[3];  // batch, head, token
     i64 o_strides[3];
     i64 lse_strides[3];
@@ -155,6 +162,13 @@ struct CombineParams {
     int num_heads;
     int seqlen_q;
     i64 rows;  // batch * num_heads * seqlen_q
+};
+
+// Of the kernel that merges states which lie anywhere.
+struct MergeParams {
+    CombineParams rows;              // all but where states lie
+    const void* states[kMaxSplits];  // each laid out by rows.state_strides
+    const void* lses[kMaxSplits];    // each laid out by rows.state_lse_strides
 };
 
 struct SortTokensParams {

@@ -22,11 +22,20 @@ struct Work : Sequence {
     int head;       // if rows are grouped, the first of the group
     int row_begin;  // first row of the tile; a tile at or past the last row has nothing to do
     int chunk;      // of block_dv output columns
-    int split;      // of the tile's keys
+    int split;      // which of the partial states the block writes
     int rows;       // of all tiles of the sequence: its queries, or as many for each head of a group
     int slot;       // of the tile
 
     __device__ __forceinline__ int row_end(int block_m) const { return row_begin + min(block_m, rows - row_begin); }
+};
+
+// An even share of the key tiles of a query tile.
+struct Share {
+    int index = 0, count = 1;
+    int sequence = 0;  // of even work
+
+    __device__ __forceinline__ int begin(i64 tiles) const { return static_cast<int>(tiles * index / count); }
+    __device__ __forceinline__ int end(i64 tiles) const { return static_cast<int>(tiles * (index + 1) / count); }
 };
 
 // Entry `index` of cu_seqlens, wherever it may point, as a token in [0, total].
@@ -118,14 +127,16 @@ struct Digits {
 };
 
 // Grid, fastest first: query tile, split, chunk, head, batch entry. Tiles of one head are neighbours, so that they share
-// keys and values in L2. Under a window or a mask, later queries usually see more keys and start first.
+// keys and values in L2. Under a window or a mask, later queries usually see more keys and start first. Even work: query
+// tile, chunk, head, slot, whose share it is; else the share is what the split says.
 template <ForwardConfig C>
-__device__ __forceinline__ Work decode_work(const ForwardParams& params) {
+__device__ __forceinline__ Work decode_work(const ForwardParams& params, Share& share) {
     constexpr int kChunks = ceil_div(C.head_dim_v, C.block_dv);
     Work work;
     Digits digits{blockIdx.x};
     const int slot = work.slot = C.windowed || C.mask ? params.q_tiles - 1 - digits.next(params.q_tiles) : digits.next(params.q_tiles);
-    work.split = C.split ? digits.next(params.num_splits) : 0;
+    work.split = C.split && !C.even ? digits.next(params.num_splits) : 0;
+    if constexpr (C.split && !C.even) share = {work.split, params.num_splits};
     work.chunk = digits.next(kChunks);
     const int each = C.grouped ? params.group : 1;  // rows that a query has
     work.head = digits.next(C.grouped ? params.num_heads / each : params.num_heads) * each;
@@ -136,7 +147,8 @@ __device__ __forceinline__ Work decode_work(const ForwardParams& params) {
         work.rows = work.len_q * each;
         work.row_begin = first_row_of_slot(slot, work.q_start * each, b, C.block_m, work.rows);
     } else {
-        locate_dense(work, params, static_cast<int>(digits.rest));
+        if constexpr (C.even) work.split = static_cast<int>(digits.rest);
+        locate_dense(work, params, C.even ? share.sequence : static_cast<int>(digits.rest));
         if constexpr (C.paged) work.len_k = cached_keys(params, work.sequence);
         work.rows = work.len_q * each;
         work.row_begin = slot * C.block_m;

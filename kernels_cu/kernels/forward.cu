@@ -10,6 +10,7 @@
 #include "attention/params.cuh"
 #include "attention/scores.cuh"
 #include "attention/settled.cuh"
+#include "attention/shares.cuh"
 #include "attention/softmax.cuh"
 #include "attention/work.cuh"
 #include "tile/load.cuh"
@@ -49,14 +50,25 @@ struct Place {
     int row = thread / 32 * 16 * kM;  // its warp's first, in the query tile
 };
 
-// One thread finds out what the block computes.
+// One thread finds out what the block computes; of even work a warp whose share it is.
 template <ForwardConfig C, class Mask>
 __device__ __forceinline__ void locate(ForwardShared<C>& shared, const ForwardParams& params) {
     using T = Storage<C.dtype>;
-    const Work work = decode_work<C>(params);
+    Share share;
+    if constexpr (C.even) {
+        const int blocks = gridDim.x / params.num_splits, slot = blockIdx.x / blocks;
+        share = share_of_slot<C>(params, slot);
+        if (!ptx::vote_any(share.count > 0) && ptx::thread_index() == 0) shared.work = Work{};  // no rows
+        if (share.count == 0) return;
+        if (share.index == 0 && blockIdx.x % blocks == 0) {  // one block tells the combine kernel
+            params.shares[2 * share.sequence] = slot;
+            params.shares[2 * share.sequence + 1] = share.count;
+        }
+    }
+    const Work work = decode_work<C>(params, share);
     const int kv_head = work.head / params.group;
     shared.work = work;
-    shared.tiles = ForwardShared<C>::Tiles::template of<C, Mask>(params, work);
+    shared.tiles = ForwardShared<C>::Tiles::template of<C, Mask>(params, work, share);
     const int batch_entry = C.paged ? 0 : work.batch_entry;  // a cache has none: its strides are of block, token, head
     shared.keys = row_at(static_cast<const T*>(params.k), params.k_strides, batch_entry, work.k_start, kv_head);
     shared.values = row_at(static_cast<const T*>(params.v), params.v_strides, batch_entry, work.k_start, kv_head) +
@@ -132,7 +144,7 @@ __device__ __forceinline__ void forward(const ForwardParams& params) {
     auto& shared = *reinterpret_cast<Shared*>(shared_memory);
     const Work& work = shared.work;
     const typename Shared::Tiles& tiles = shared.tiles;
-    if (ptx::thread_index() == 0) locate<C, Mask>(shared, params);
+    if (ptx::thread_index() < (C.even ? 32 : 1)) locate<C, Mask>(shared, params);
     __syncthreads();  // work and tiles are known to everyone
     if (work.row_begin >= work.rows) return;
 

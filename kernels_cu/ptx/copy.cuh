@@ -145,6 +145,20 @@ __device__ __forceinline__ double load_global_f64(const void* global) {
     return value;
 }
 
+__device__ __forceinline__ void load_global(u32 (&value)[1], const void* global) {
+    asm volatile("ld.global.b32 %0, [%1];" : "=r"(value[0]) : "l"(global));
+}
+
+__device__ __forceinline__ void load_global(u32 (&value)[2], const void* global) {
+    asm volatile("ld.global.v2.b32 {%0, %1}, [%2];" : "=r"(value[0]), "=r"(value[1]) : "l"(global));
+}
+
+__device__ __forceinline__ void load_global(u32 (&value)[4], const void* global) {
+    asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value[0]), "=r"(value[1]), "=r"(value[2]), "=r"(value[3])
+                 : "l"(global));
+}
+
 // memory[0] += x, past all caches but L2; of the other threads' additions before or after it nothing is said.
 __device__ __forceinline__ void red_add(float* memory, float x) {
     asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(memory), "f"(x) : "memory");

@@ -56,6 +56,24 @@ __device__ __forceinline__ Sum<E> load_element(const void* array, i64 offset) {
     else return ptx::cvt_f32_bf16(ptx::load_global_u16(element));
 }
 
+// kN elements from array[offset] on in one access, to which they are aligned.
+template <Element E, int kN>
+__device__ __forceinline__ void load_elements(Sum<E> (&to)[kN], const void* array, i64 offset) {
+    constexpr int kBytes = kN * bytes_of(E);
+    if constexpr (kN == 1) {
+        to[0] = load_element<E>(array, offset);
+    } else {
+        u32 words[kBytes / 4];
+        ptx::load_global(words, static_cast<const char*>(array) + offset * bytes_of(E));
+#pragma unroll
+        for (int i = 0; i < kN; ++i) {
+            if constexpr (bytes_of(E) == 8) to[i] = __hiloint2double(words[2 * i + 1], words[2 * i]);
+            else if constexpr (bytes_of(E) == 4) to[i] = __uint_as_float(words[i]);
+            else to[i] = i % 2 == 0 ? unpack_low<E>(words[i / 2]) : unpack_high<E>(words[i / 2]);
+        }
+    }
+}
+
 // array[offset] = value, rounded to nearest even.
 template <Element E>
 __device__ __forceinline__ void store_element(void* array, i64 offset, Sum<E> value) {

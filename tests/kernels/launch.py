@@ -108,9 +108,8 @@ def run_forward(
         record["o_split_stride"], record["lse_split_stride"] = out.size, int(np.prod(lse_shape))
         reports.append(launch(device, plan.forward, record))
         combine = np.zeros((), COMBINE_PARAMS)
-        split = sums.itemsize * np.arange(128, dtype=np.uint64)
-        combine["states"] = o_partial.pointer + out.size * split
-        combine["lses"] = lse_partial.pointer + int(np.prod(lse_shape)) * split
+        combine["states"], combine["lses"] = o_partial.pointer, lse_partial.pointer
+        combine["state_stride"], combine["state_lse_stride"] = out.size, int(np.prod(lse_shape))
         combine["o"], combine["lse"] = o.pointer, lse.pointer
         combine["state_strides"] = combine["o_strides"] = o_strides
         combine["state_lse_strides"] = combine["lse_strides"] = lse_strides

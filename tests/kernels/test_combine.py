@@ -1,13 +1,15 @@
 """The combine kernel on states of the caller: any dtype, any strides, states that saw nothing."""
 
+import math
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 from cuflash.emulator import Device
-from cuflash.plan.config import state_dtype
+from cuflash.plan.config import MergeConfig, state_dtype
 from cuflash.plan.forward import plan_combine
-from cuflash.plan.params import COMBINE_PARAMS
+from cuflash.plan.params import COMBINE_PARAMS, MERGE_PARAMS
 from tests.kernels.launch import launch
 
 EPS = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-21, "float64": 2.0**-50}
@@ -42,17 +44,22 @@ def test_combine(dtype, dim, states):
     lses[:, 0, 1, :] += 1e4
 
     device = Device("sm_80")
-    record = np.zeros((), COMBINE_PARAMS)
+    record = np.zeros((), MERGE_PARAMS)
+    rows = record["rows"]
     held = [(device.to_device(o, name="o"), device.to_device(x, name="lse")) for o, x in zip(outs, lses, strict=True)]
     record["states"][:states] = [o.pointer for o, _ in held]
     record["lses"][:states] = [lse.pointer for _, lse in held]
     out, lse = device.empty(outs.shape[1:], kind, name="out"), device.empty(lses.shape[1:], sums, name="lse")
-    record["o"], record["lse"] = out.pointer, lse.pointer
-    record["state_strides"] = record["o_strides"] = (tokens * heads * dim, heads * dim, dim)
-    record["state_lse_strides"] = record["lse_strides"] = (heads * tokens, tokens, 1)
-    record["num_states"], record["num_heads"], record["seqlen_q"] = states, heads, tokens
-    record["rows"] = batch * heads * tokens
-    launch(device, plan_combine(dtype, dtype, dim, batch * heads * tokens), record)
+    rows["o"], rows["lse"] = out.pointer, lse.pointer
+    rows["state_strides"] = rows["o_strides"] = (tokens * heads * dim, heads * dim, dim)
+    rows["state_lse_strides"] = rows["lse_strides"] = (heads * tokens, tokens, 1)
+    rows["num_states"], rows["num_heads"], rows["seqlen_q"] = states, heads, tokens
+    rows["rows"] = batch * heads * tokens
+    plan = plan_combine(
+        dtype, dtype, dim, batch * heads * tokens,
+        num_states=states, load_bytes=math.gcd(16, outs.itemsize * dim), kind=MergeConfig,
+    )  # fmt: skip
+    launch(device, plan, record)
 
     want, want_lse = merged(outs, lses)
     got = out.to_host().astype(np.float64)
@@ -60,3 +67,39 @@ def test_combine(dtype, dim, states):
     np.testing.assert_allclose(got, want, rtol=0, atol=4 * EPS[dtype] * np.abs(want).max())
     close = 1e-6 if sums == np.float32 else 1e-15
     np.testing.assert_allclose(lse.to_host(), want_lse, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dim", [7, 64, 130])
+@pytest.mark.parametrize("counts", [(1, 1), (9, 30), (300, 2)])
+def test_combine_of_states_in_a_workspace(dtype, dim, counts):
+    """Of each batch entry as many states as a table says; other slots hold nothing that may be read."""
+    rng = np.random.default_rng(dim)
+    heads, before = 3, 2
+    slots = before + sum(counts)
+    outs = rng.standard_normal((slots, 1, 1, heads, dim)).astype(dtype)
+    lses = (10 * rng.standard_normal((slots, 1, heads, 1))).astype(dtype)
+    firsts = (before, before + counts[0])
+    device = Device("sm_80")
+    record = np.zeros((), COMBINE_PARAMS)
+    o_states, lse_states = device.to_device(outs, name="o_partial"), device.to_device(lses, name="lse_partial")
+    table = device.to_device(np.array(list(zip(firsts, counts, strict=True)), np.int32), name="shares")
+    record["states"], record["lses"], record["shares"] = o_states.pointer, lse_states.pointer, table.pointer
+    out, lse = (
+        device.empty((2, 1, heads, dim), outs.dtype, name="out"),
+        device.empty((2, heads, 1), lses.dtype, name="lse"),
+    )
+    record["o"], record["lse"] = out.pointer, lse.pointer
+    record["state_stride"], record["state_lse_stride"] = heads * dim, heads
+    record["state_strides"], record["state_lse_strides"] = (0, heads * dim, dim), (0, 1, 1)
+    record["o_strides"], record["lse_strides"] = (heads * dim, heads * dim, dim), (heads, 1, 1)
+    record["num_states"], record["num_heads"], record["seqlen_q"], record["rows"] = slots, heads, 1, 2 * heads
+    plan = plan_combine(
+        dtype, dtype, dim, 2 * heads, num_states=slots, load_bytes=math.gcd(16, outs.itemsize * dim)
+    )  # fmt: skip
+    launch(device, plan, record)
+    for b, (first, count) in enumerate(zip(firsts, counts, strict=True)):
+        want, want_lse = merged(outs[first : first + count], lses[first : first + count])
+        np.testing.assert_allclose(out.to_host()[b], want[0], rtol=0, atol=4 * EPS[dtype] * np.abs(want).max())
+        close = 1e-6 if dtype == "float32" else 1e-15
+        np.testing.assert_allclose(lse.to_host()[b], want_lse[0], rtol=close, atol=close)

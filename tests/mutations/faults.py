@@ -23,6 +23,7 @@ CAPPED = tiled(ONE.but(bias="..qk", softcap=1.5))
 WINDOW = tiled(ONE.but(window=(20, 9)))
 LATE_START = tiled(ONE.but(seqlen_q=150, seqlen_k=70, causal=True))  # rows that see nothing
 SPLIT = tiled(ONE.but(seqlen_q=20), num_splits=3)
+MANY_PARTS = tiled(ONE.but(seqlen_q=20, seqlen_k=70), num_splits=128)  # a block a row, 32 states a warp
 PACKED = tiled(Case(num_heads=2, num_kv_heads=1, sequences=((40, 70), (5, 0), (17, 90))))
 ODD = tiled(ONE.but(head_dim=33, head_dim_v=33), load_bytes=2, store_bytes=2)
 NARROW = tiled(ONE.but(head_dim=40, head_dim_v=40))
@@ -32,7 +33,7 @@ COLUMNS = tiled(ONE.but(head_dim_v=128), block_dv=64)
 FORWARD, TILES, SCORES = "kernels/forward.cu", "attention/key_tiles.cuh", "attention/scores.cuh"
 SOFTMAX, EPILOGUE, WORK = "attention/softmax.cuh", "attention/epilogue.cuh", "attention/work.cuh"
 LOAD, PRODUCT, SHARED_TILE = "tile/load.cuh", "tile/product.cuh", "tile/shared_tile.cuh"
-COPY, MATH, COMBINE = "ptx/copy.cuh", "ptx/math.cuh", "kernels/combine.cu"
+COPY, MATH = "ptx/copy.cuh", "ptx/math.cuh"
 MERGE = "attention/merge.cuh"
 
 WAIT_K = "ptx::cp_async_wait<0>();  // this thread's share of K(j)"
@@ -186,8 +187,8 @@ MASKS = [
     Mutation(
         "last tile of keys left out",
         TILES,
-        "1 + (tiles.keys.end - 1) / C.block_n",
-        "tiles.keys.end / C.block_n",
+        "1 + (keys.end - 1) / block",
+        "keys.end / block",
         PLAIN,
         WrongResult,
     ),
@@ -333,23 +334,41 @@ NUMBERS = [
 ]
 
 COMBINING = [
-    Mutation("weights in natural units", MERGE, "(lses[i] - shift) * kLog2E<T>", "lses[i] - shift", SPLIT, WrongResult),
-    Mutation("weights not normalised", MERGE, "weight[i] *= inverse;", "", SPLIT, WrongResult),
-    Mutation("lse of the greatest part", MERGE, "shift + kLn2<T> * log2_of(sum)", "shift", SPLIT, WrongResult),
+    Mutation("weights in natural units", MERGE, "reference)) * kLog2E<T>", "reference))", SPLIT, WrongResult),
+    Mutation("weights not normalised", MERGE, "part.o[j][e] * inverse", "part.o[j][e]", SPLIT, WrongResult),
+    Mutation("parts of warps not normalised", MERGE, ", o * inverse", ", o", MANY_PARTS, WrongResult),
+    Mutation("lse of the greatest part", MERGE, "m + kLn2<T> * log2_of(l)", "m", SPLIT, WrongResult),
+    Mutation("a warp's part in its own scale", MERGE, "weight_of(peaks[i], m)", "1", MANY_PARTS, WrongResult),
+    Mutation(
+        "no barrier before the parts are merged",
+        MERGE,
+        f"{BARRIER}  // the parts",
+        "//",
+        MANY_PARTS,
+        (Race, Uninitialized, WrongResult),
+    ),
+    Mutation(
+        "parts that two warps take",
+        MERGE,
+        "warp % kWarps, row.token_offset",
+        "0, row.token_offset",
+        MANY_PARTS,
+        WrongResult,
+    ),
     Mutation("shuffle dropped", PRODUCT, "return x + ptx::shfl_bfly<2>(x);", "return x;", SPLIT, WrongResult),
     Mutation(
         "weight of the next part",
-        COMBINE,
-        "weights.weight[i], state % 32",
-        "weights.weight[i], (state + 1) % 32",
+        MERGE,
+        "shfl_idx(weight, begin + i)",
+        "shfl_idx(weight, begin + i + 1)",
         SPLIT,
         WrongResult,
     ),
     Mutation(
         "last part left out",
-        COMBINE,
-        "min(32 * i + 32, params.num_states)",
-        "min(32 * i + 32, params.num_states - 1)",
+        MERGE,
+        "ceil_div(states.count - first, kStride)",
+        "ceil_div(states.count - first - 1, kStride)",
         SPLIT,
         WrongResult,
     ),
@@ -399,17 +418,17 @@ WORK_SHARES = [
     ),
     Mutation(
         "splits overlap",
-        TILES,
-        "(count * work.split / params.num_splits)",
-        "(max(count * work.split / params.num_splits - 1, 0ll))",
+        WORK,
+        "(tiles * index / count)",
+        "(max(tiles * index / count - 1, 0ll))",
         SPLIT,
         WrongResult,
     ),
     Mutation(
         "splits leave keys out",
-        TILES,
-        "(count * (work.split + 1) / params.num_splits)",
-        "(max(count * (work.split + 1) / params.num_splits - 1, 0ll))",
+        WORK,
+        "(tiles * (index + 1) / count)",
+        "(max(tiles * (index + 1) / count - 1, 0ll))",
         SPLIT,
         WrongResult,
     ),

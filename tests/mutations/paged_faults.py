@@ -15,6 +15,7 @@ class OtherTraffic(Exception):
 
 
 FORWARD, ROWS, LOAD = "kernels/forward.cu", "attention/paged_rows.cuh", "tile/load.cuh"
+SHARES, COMBINE, MERGE = "attention/shares.cuh", "kernels/combine.cu", "attention/merge.cuh"
 WORK, TILES, SCORES = "attention/work.cuh", "attention/key_tiles.cuh", "attention/scores.cuh"
 MOVE = "kernels/move_rows.cu"
 
@@ -29,6 +30,41 @@ PACKED = Case(dim=32, lengths=(300, 77, 40), queries=(16, 9, 16), heads=16)
 MANY = Case(dim=32, lengths=(300, 77), queries=40, heads=4)  # each head a tile of its own
 WINDOW = Case(dim=32, lengths=(300, 77), keywords={"window": (90, 0)})
 BIASED = Case(dim=32, lengths=(300, 77), bias=(2, 8, 1, 21 * 16))
+
+UNEVEN = Case(dim=32, lengths=(900, 3, 0, 41, 300))
+MANY_SEQUENCES = Case(dim=32, lengths=(*range(37), 500))
+BUSY = Case(64, 64, dim=32, lengths=(900, 3, 0, 41, 800))  # shares of more than the least
+MANY_STATES = Case(2, 1, dim=32, lengths=(17000, 5))
+LONG_WINDOW = Case(dim=32, lengths=(900, 3, 0, 500), keywords={"window": (300, 0)})
+
+WRONG = (OtherTraffic, WrongResult, OutOfBounds, Uninitialized, Race)
+EVEN_WORK = [
+    Mutation("shares rounded down", SHARES, "ceil_div(visible_tiles<C>(params, b), size)",
+             "visible_tiles<C>(params, b) / size", UNEVEN, WRONG),
+    Mutation("no share for a sequence without keys", SHARES, "return max(1, ceil_div", "return max(0, ceil_div", UNEVEN,
+             WRONG),
+    Mutation("the smallest shares", SHARES, "int size = max(params.least_tiles, ceil_div(",
+             "int size = min(params.least_tiles, ceil_div(", BUSY, WRONG),
+    Mutation("tiles of one lane's sequences alone", SHARES, "all = warp_sum(tiles)", "all = tiles", BUSY, WRONG),
+    Mutation("more shares than are wanted", SHARES, "<= params.most_shares)", "<= 2 * params.most_shares)", BUSY,
+             WRONG),
+    Mutation("shares counted of one lane's sequences", SHARES, "warp_sum(counts[i])", "counts[i]", BUSY, WRONG),
+    Mutation("sequences past a warp's lanes left out", SHARES, "row = ceil_div(params.batch, 32);", "row = 1;",
+             MANY_SEQUENCES, WRONG),
+    Mutation("slots counted from the lane's own", SHARES, "if (lane >= step) before += other;", "", UNEVEN, WRONG),
+    Mutation("a lane's own shares before it", SHARES, "    before -= own;\n", "", UNEVEN, WRONG),
+    Mutation("tiles outside the window counted", SHARES, "C.windowed ? Span{window.begin(0)",
+             "false ? Span{window.begin(0)", LONG_WINDOW, WRONG),
+    Mutation("every share from the beginning", WORK, "tiles * index / count", "0", UNEVEN, WRONG),
+    Mutation("states where the first slot's are", WORK,
+             "if constexpr (C.even) work.split = static_cast<int>(digits.rest);", "", UNEVEN, WRONG),
+    Mutation("nobody says whose the states are", FORWARD, "share.index == 0 && blockIdx.x % blocks == 0", "false",
+             UNEVEN, Uninitialized),
+    Mutation("states of the first sequence", COMBINE, "shfl_idx(entry, 0), ptx", "shfl_idx(entry, 0) * 0, ptx", UNEVEN,
+             WRONG),
+    Mutation("a state short", COMBINE, "shfl_idx(entry, 1)", "shfl_idx(entry, 1) - 1", UNEVEN, WRONG),
+    Mutation("the sum before in its own scale", MERGE, "l = l * decay", "l = l * 1", MANY_STATES, WrongResult),
+]  # fmt: skip
 
 ATTENTION = [
     Mutation("entries from the table's beginning", ROWS, "table + first + i, 4", "table + i, 4", DECODE,

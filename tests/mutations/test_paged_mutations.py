@@ -14,7 +14,7 @@ from cuflash.jit import sources
 from cuflash.paging import moves
 from tests.kernels.test_cache_moves import test_offsets_past_32_bits as move_far
 from tests.mutations.mutate import Mutation, WrongResult, kernels_from
-from tests.mutations.paged_faults import ATTENTION, MOVES, OtherTraffic
+from tests.mutations.paged_faults import ATTENTION, EVEN_WORK, MOVES, OtherTraffic
 from tests.paged.cases import check_paged, paged
 from tests.test_io_model_paged import Case, model, shape_of_queries
 
@@ -77,7 +77,7 @@ def check_moves() -> None:
             raise WrongResult(str(error)) from None
 
 
-@pytest.mark.parametrize("mutation", ATTENTION, ids=str)
+@pytest.mark.parametrize("mutation", [*ATTENTION, *EVEN_WORK], ids=str)
 def test_mutation_of_attention_is_caught(mutation: Mutation) -> None:
     with kernels_from(mutation.sources()), pytest.raises(mutation.caught):
         check_attention(mutation.case)
@@ -89,7 +89,7 @@ def test_mutation_of_moves_is_caught(mutation: Mutation) -> None:
         check_moves()
 
 
-@pytest.mark.parametrize("case", dict.fromkeys(mutation.case for mutation in ATTENTION), ids=str)
+@pytest.mark.parametrize("case", dict.fromkeys(mutation.case for mutation in (*ATTENTION, *EVEN_WORK)), ids=str)
 def test_attention_as_it_is_passes(case: Case) -> None:
     with kernels_from(sources.sources()):
         check_attention(case)
@@ -100,5 +100,5 @@ def test_moves_as_they_are_pass() -> None:
 
 
 def test_names_are_unique() -> None:
-    names = [mutation.name for mutation in (*ATTENTION, *MOVES)]
+    names = [mutation.name for mutation in (*ATTENTION, *EVEN_WORK, *MOVES)]
     assert len(set(names)) == len(names)

@@ -11,6 +11,7 @@ from cuflash.plan.arch import ARCHS, arch_named
 from cuflash.plan.config import ELEMENT_BYTES, ForwardConfig
 from cuflash.plan.cost import blocks_per_sm
 from cuflash.plan.forward import MIN_DECODE_SPLIT_KEYS, ForwardPlan, max_head_dim, plan_forward
+from cuflash.plan.shares import MAX_SHARES
 from cuflash.problem import Problem
 
 H200 = 132  # multiprocessors
@@ -50,7 +51,7 @@ def test_bytes_under_way_on_an_h200(batch: int, room: int, heads: int, kv_heads:
     blocks = found.forward.grid[0]
     resident = min(blocks / H200, blocks_per_sm(chosen, arch_named("sm_90")))
     under_way = resident * tile_bytes(chosen)
-    most_splits = found.num_splits >= 0.85 * min(room // MIN_DECODE_SPLIT_KEYS, 128)
+    most_splits = found.num_splits >= 0.85 * batch * min(room // MIN_DECODE_SPLIT_KEYS, MAX_SHARES)
     assert under_way >= LITTLE or most_splits
     if problem.batch * room * kv_heads * 512 >= 2**25:
         assert under_way >= LITTLE / 2
@@ -67,19 +68,39 @@ def test_all_rows_of_a_sequence_are_one_tile_as_far_as_64(seqlen_q: int, group: 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 def test_no_length_changes_the_configuration(dtype: str) -> None:
-    found = {config(decode(batch, room, dtype=dtype)) for batch in (1, 3, 200) for room in (16, 1600, 128000)}
+    problems = [decode(batch, room, dtype=dtype) for batch in (1, 3, 200) for room in (16, 1600, 128000)]
+    found = {config(problem) for problem in problems}
     assert len({chosen.split for chosen in found}) == len(found) <= 2
+    assert all(chosen.even == chosen.split for chosen in found)
+    combines = [launch for launch in (plan(problem).combine for problem in problems) if launch is not None]
+    assert len({launch.config for launch in combines}) == 1
 
 
 def test_splits_follow_from_what_the_host_knows() -> None:
-    """Room of the table, not lengths; few enough that all blocks run at once, 1 where there are enough without."""
+    """Room of the table, not lengths: a wave of blocks; of more sequences as much as two waves of shares more."""
     slots = H200 * blocks_per_sm(config(decode()), arch_named("sm_90"))
     for batch in (1, 8, 32):
         found = plan(decode(batch, 16384))
-        assert 0.8 * slots < found.forward.grid[0] <= slots
-    assert plan(decode(256)).num_splits == 1
-    assert plan(decode(1, 64)).num_splits == 1
+        assert 0.95 * slots < found.forward.grid[0] <= slots
+    for batch in (64, 256):
+        found = plan(decode(batch))
+        assert found.forward.grid[0] == 8 * (batch + 2 * (slots // 8) - 1)
     assert plan(decode(), options=Options(num_splits=5)).num_splits == 5
+    assert plan(decode(), options=Options(num_splits=5)).even is None
+
+
+def test_what_is_not_worth_a_second_launch_is_not_split() -> None:
+    """Keys of one share; or of four, if there is a block for every place without."""
+    for problem in (decode(1, 64), decode(1, 128), decode(256, 512), decode(256, left=300)):
+        assert (plan(problem).num_splits, plan(problem).even) == (1, None)
+    for problem in (decode(1, 144), decode(64, 512), decode(256, 528)):
+        assert plan(problem).even is not None
+
+
+def test_packed_queries_and_masks_have_splits_of_their_own() -> None:
+    packed = plan(decode(8, total_q=8, total_k=0))
+    assert packed.even is None
+    assert packed.num_splits > 1
 
 
 @pytest.mark.parametrize("arch", ARCHS)

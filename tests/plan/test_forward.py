@@ -94,7 +94,7 @@ def test_a_full_device_is_not_split_and_an_empty_one_is():
     assert decode.combine is not None
     assert decode.forward.grid == (8 * decode.num_splits, 1, 1)
     assert decode.combine.config.state_dtype == "float32"
-    assert decode.combine.grid == (2, 1, 1)  # 8 rows, 4 warps
+    assert decode.combine.grid == (8, 1, 1)  # rows, each of many states
 
 
 def test_few_keys_are_not_split():
@@ -175,9 +175,10 @@ def test_a_grid_has_a_largest_size():
         plan(replace(LONG, batch=2**20, num_heads=2**10))
 
 
-def test_a_combine_launch_has_a_warp_for_every_row():
-    launch = plan_combine("float16", "float16", 64, 1001)
-    assert launch.grid == (251, 1, 1)
+@pytest.mark.parametrize(("states", "dim", "blocks"), [(2, 64, 251), (8, 64, 251), (9, 64, 1001), (9, 4096, 251)])
+def test_a_combine_launch_has_a_warp_for_every_row_and_of_many_states_a_block(states, dim, blocks):
+    launch = plan_combine("float16", "float16", dim, 1001, num_states=states, load_bytes=16)
+    assert launch.grid == (blocks, 1, 1)
     assert launch.block == (128, 1, 1)
 
 
