@@ -1,8 +1,9 @@
 """Even work in decoding: as much for every block, whatever the lengths, which only the device knows.
 
 The key tiles of all sequences are cut into shares of at most C tiles, ceil(tiles / C) even ones of each sequence and
-at least one. C is the smallest of a few sizes with at most `most` shares in all; ceil(sum of tiles / (most + 1 - batch)) is
-always one. `kernels_cu/attention/shares.cuh` finds it from the lengths; the host makes the grid and the workspace.
+at least one. C is the smallest of a few sizes that give at most `most` shares in all; the largest of the sizes,
+ceil(sum of tiles / (most + 1 - batch)), always does. `kernels_cu/attention/shares.cuh` finds it from the lengths; the
+host makes the grid and the workspace.
 """
 
 from __future__ import annotations

@@ -141,8 +141,9 @@ PLAIN = "*memory += x;"
 
 
 def run_turns(case: Case, texts: dict[str, str], orders: Iterable[int | None] = (None, 0, 1)) -> None:
-    """As `run_backward`, with one and several query tiles to a turn, in several orders of warps; two additions to dq that
-    no turn orders are a race.
+    """As `run_backward`, with one and several query tiles to a turn and in several orders of warps.
+
+    Any two additions to dq that no turn orders are a race.
     """
     copy = _replace_once(texts["ptx/copy.cuh"], ATOMIC, PLAIN)
     for lag, order in [(0, None), *((1e3, order) for order in orders)]:
