@@ -5,7 +5,7 @@ OtherTraffic: the result is right, but the kernels read what they must not, or w
 
 from __future__ import annotations
 
-from cuflash.emulator.faults import OutOfBounds, Race, Uninitialized
+from cuflash.emulator.faults import BarrierDivergence, OutOfBounds, Race, Uninitialized
 from tests.mutations.mutate import Mutation, WrongResult
 from tests.test_io_model_paged import Case
 
@@ -45,7 +45,8 @@ EVEN_WORK = [
              WRONG),
     Mutation("the smallest shares", SHARES, "int size = max(params.least_tiles, ceil_div(",
              "int size = min(params.least_tiles, ceil_div(", BUSY, WRONG),
-    Mutation("tiles of one lane's sequences alone", SHARES, "all = warp_sum(tiles)", "all = tiles", BUSY, WRONG),
+    Mutation("tiles of one lane's sequences alone", SHARES, "all = warp_sum(tiles)", "all = tiles", BUSY,
+             BarrierDivergence),
     Mutation("more shares than are wanted", SHARES, "<= params.most_shares)", "<= 2 * params.most_shares)", BUSY,
              WRONG),
     Mutation("shares counted of one lane's sequences", SHARES, "warp_sum(counts[i])", "counts[i]", BUSY, WRONG),
