@@ -30,6 +30,7 @@ __device__ __forceinline__ Share share_of_slot(const ForwardParams& params, int 
     const int lane = ptx::thread_index(), row = ceil_div(params.batch, 32);
     const int first = min(lane * row, params.batch), last = min(first + row, params.batch);
     int tiles = 0;
+#pragma unroll 1
     for (int b = first; b < last; ++b) tiles += visible_tiles<C>(params, b);
     const int all = warp_sum(tiles);
     const int low = max(params.least_tiles, ceil_div(all, params.most_shares));
@@ -38,7 +39,8 @@ __device__ __forceinline__ Share share_of_slot(const ForwardParams& params, int 
         constexpr int kSizes = 8;
         const int step = size - low;
         int counts[kSizes - 1] = {};
-        for (int b = first; b < last; ++b) {
+#pragma unroll 1
+    for (int b = first; b < last; ++b) {
             const int own = visible_tiles<C>(params, b);
 #pragma unroll
             for (int i = 0; i < kSizes - 1; ++i) counts[i] += max(1, ceil_div(own, low + step * i / (kSizes - 1)));
@@ -50,6 +52,7 @@ __device__ __forceinline__ Share share_of_slot(const ForwardParams& params, int 
     }
     const auto shares_of = [&](int b) { return max(1, ceil_div(visible_tiles<C>(params, b), size)); };
     int own = 0;
+#pragma unroll 1
     for (int b = first; b < last; ++b) own += shares_of(b);
     int before = own;  // of the lanes up to this one
 #pragma unroll
@@ -59,6 +62,7 @@ __device__ __forceinline__ Share share_of_slot(const ForwardParams& params, int 
     }
     before -= own;
     Share found{0, 0};
+#pragma unroll 1
     for (int b = first; b < last; ++b) {
         const int count = shares_of(b);
         if (before <= slot && slot < before + count) found = {slot - before, count, b};

@@ -155,4 +155,12 @@ __device__ __forceinline__ double shfl_idx(double x, int source) {
     return __hiloint2double(shfl_idx(__double2hiint(x), source), shfl_idx(__double2loint(x), source));
 }
 
+template <class T>
+__device__ __forceinline__ T* shfl_idx(T* x, int source) {
+    const auto bits = reinterpret_cast<unsigned long long>(x);
+    const auto low = static_cast<u32>(shfl_idx(static_cast<int>(bits), source));
+    const auto high = static_cast<u32>(shfl_idx(static_cast<int>(bits >> 32), source));
+    return reinterpret_cast<T*>(static_cast<unsigned long long>(high) << 32 | low);
+}
+
 }  // namespace cuflash::ptx

@@ -47,23 +47,34 @@ struct TileLoader {
         else load_rows<false>(tile, array, row_stride, columns, first_row, begin, end);
     }
 
-    // The same of rows that lie anywhere: `rows.at(row)` is asked for rows in [begin, end) alone.
+    // The same of rows that lie anywhere: `rows.at(row)` is asked for rows in [begin, end) alone. Where a row lies takes
+    // many instructions to find: each lane finds those of one or two rows, and hands them to the lanes that copy them.
     template <class Rows>
     static __device__ __forceinline__ void load_scattered(u32 tile, const Rows& rows, int columns, int first_row, int begin,
                                                           int end) {
-        const int thread = ptx::thread_index();
+        constexpr int kOfWarp = 32 / Tile::kSpan;  // rows of a warp in one step
+        constexpr int kSets = ceil_div(ceil_div(kRows, kRowStep) * kOfWarp, 32);
+        const int thread = ptx::thread_index(), lane = thread % 32;
         const int row = thread / Tile::kSpan, chunk = thread % Tile::kSpan;
+        const T* found[kSets];  // null: zeros
+#pragma unroll
+        for (int set = 0; set < kSets; ++set) {
+            const int n = 32 * set + lane, own = n / kOfWarp * kRowStep + thread / 32 * kOfWarp + n % kOfWarp;
+            const int array_row = first_row + own;
+            const bool in_range = own < kRows && begin <= array_row && array_row < end;
+            found[set] = in_range ? rows.at(array_row) : nullptr;
+        }
         const u32 target = tile + Tile::offset(row, chunk);
 #pragma unroll
         for (int i = 0; i < kRows; i += kRowStep) {
+            const int n = i / kRowStep * kOfWarp;
+            const T* array = ptx::shfl_idx(found[n / 32], n % 32 + lane / Tile::kSpan);
             if (kRows % kRowStep != 0 && row + i >= kRows) break;
-            const int array_row = first_row + row + i;
-            const bool in_range = begin <= array_row && array_row < end;
-            const T* source = rows.at(min(max(array_row, begin), end - 1)) + Tile::kPerChunk * chunk;
+            const T* source = array + Tile::kPerChunk * chunk;
 #pragma unroll
             for (int j = 0; j < Tile::kChunks; j += Tile::kSpan) {
                 const int row_left = kPadded ? min(max(kBytes * columns - 16 * (chunk + j), 0), 16) : 16;
-                copy_chunk<true>(Tile::step(target, i, j), source + Tile::kPerChunk * j, in_range ? row_left : 0);
+                copy_chunk<true>(Tile::step(target, i, j), source + Tile::kPerChunk * j, array != nullptr ? row_left : 0);
             }
         }
     }
