@@ -37,7 +37,8 @@ def _attention(case: Case, device: str, compiled: bool) -> Callable[..., Any]:
     if not isinstance(case, MaskedCase):
         raise ValueError(f"{case.mask}: has no function of indices")
     visible = _function(case, device)
-    blocks = create_block_mask(visible, None, None, case.seqlen, case.seqlen, device=device)  # compiled it takes minutes
+    # Not compiled: that takes minutes.
+    blocks = create_block_mask(visible, None, None, case.seqlen, case.seqlen, device=device)
     if compiled:
         torch.compiler.reset()  # else one case after another counts as recompilation, of which there is a limit
         torch._functorch.config.donated_buffer = False  # the graph is kept from sample to sample

@@ -78,7 +78,7 @@ def flash_backward(
     once = compulsory_backward_bytes(problem, lse_cotangent=lse_cotangent, bias_shape=bias_shape, **packing)
     flops, special = 0, 0
     for planned in plan.launches[1::2]:  # backward and, with a bias, its gradient
-        of_launch = _operations(problem, planned, visits(problem, _tiled(planned), **packing).tiles)
+        of_launch = _operations(problem, planned, visits(problem, _tiled(planned), cu_seqlens_q, cu_seqlens_k).tiles)
         flops, special = flops + of_launch[0], special + of_launch[1]
     return Cost(
         dtype=_main(plan).dtype,
