@@ -118,9 +118,10 @@ class EmulatedDevice:
             module = self._emulator.load(compile_ptx(launch.config, self.arch.name))
             kernel = self._kernels[launch.config] = module.kernel(launch.config.entry)
 
+        reports = self.launches  # not the device, which keeps what it has prepared: its memory goes with its last user
+
         def run(record: np.ndarray) -> None:
-            report = kernel.launch(launch.grid, launch.block, (record[0],), shared_bytes=launch.shared_bytes)
-            self.launches.append(report)
+            reports.append(kernel.launch(launch.grid, launch.block, (record[0],), shared_bytes=launch.shared_bytes))
 
         return run
 

@@ -104,7 +104,7 @@ class Device:
         self.warp_order, self.copies, self.check_races = warp_order, copies, check_races
         self._memory = GlobalMemory()
         self._unnamed = 0
-        self._modules: dict[str, Module] = {}
+        self._modules: weakref.WeakValueDictionary[str, Module] = weakref.WeakValueDictionary()  # they keep the device
 
     def to_device(self, array: np.ndarray, name: str | None = None) -> DeviceArray:
         """Copy an array, keeping its strides; bytes between its elements belong to nobody.
@@ -152,9 +152,10 @@ class Device:
 
         Raises InvalidPtx or UnsupportedInstruction, naming the line.
         """
-        if ptx not in self._modules:
-            self._modules[ptx] = Module(self, ptx)
-        return self._modules[ptx]
+        module = self._modules.get(ptx)
+        if module is None:
+            module = self._modules[ptx] = Module(self, ptx)
+        return module
 
     def _place(self, variable: Variable) -> int:
         """Put a .global or .const variable into memory; returns its address."""

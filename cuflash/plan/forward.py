@@ -37,7 +37,7 @@ MIN_SPLIT_KEYS = 256  # a split of fewer is all overhead
 DECODE_TILES = ((16, 1), (32, 2), (64, 4))  # rows and warps, for few queries over a cache
 DECODE_WARPS = 6  # of a multiprocessor, which issue what it takes to use the keys and values as fast as they come
 MIN_DECODE_SPLIT_KEYS = 64
-FEW_SHARES = 4  # of the longest sequence, which are not worth a second launch where the device is full without
+FEW_KEYS = 128  # of a sequence, not worth a second launch; nor four times as many where the device is full without
 COMBINE_WARPS = 4
 LEAST_GRAIN = 16  # queries or keys of a mask's blocks by which tiles are chosen, and
 LEAST_TILE = 64  # queries and keys of a tile below which it is too slow to gain by that
@@ -139,9 +139,8 @@ def _can_be_even(problem: Problem) -> bool:
 
 def _is_uneven(problem: Problem, config: ForwardConfig, arch: Arch, sms: int) -> bool:
     """Whether lengths may leave the device idle: there are too few blocks, or the last ones may be long."""
-    shares = -(-_most_visible_keys(problem, config.block_m) // MIN_DECODE_SPLIT_KEYS)  # of a sequence, at most
     full = _blocks(problem, config) >= sms * blocks_per_sm(config, arch)
-    return shares > (FEW_SHARES if full else 1)
+    return _most_visible_keys(problem, config.block_m) > (4 * FEW_KEYS if full else FEW_KEYS)
 
 
 @cache

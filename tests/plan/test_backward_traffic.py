@@ -135,9 +135,12 @@ def test_what_is_missing_is_named() -> None:
 BOUNDS = st.none() | st.integers(0, 5) | st.integers(0, 150)
 
 
-@given(st.integers(0, 150), st.integers(0, 150), BOUNDS, BOUNDS, st.sampled_from([16, 64]), st.sampled_from([16, 48]))
+@given(
+    st.integers(0, 150), st.integers(0, 150), BOUNDS, BOUNDS,
+    st.sampled_from([16, 64]), st.sampled_from([16, 48]), st.sampled_from([1, 4]),
+)  # fmt: skip
 def test_key_tiles_are_those_of_visible_pairs(
-    seqlen_q: int, seqlen_k: int, left: int | None, right: int | None, block_m: int, block_n: int
+    seqlen_q: int, seqlen_k: int, left: int | None, right: int | None, block_m: int, block_n: int, turn_tiles: int
 ) -> None:
     """What a block reads and visits, from the definition of a window."""
     problem = replace(PROBLEM, left=left, right=right)
@@ -152,8 +155,10 @@ def test_key_tiles_are_those_of_visible_pairs(
         tile = range(key, min(key + block_n, seqlen_k))
         pairs = [(i, j) for i in range(seqlen_q) for j in tile if visible(i, j)]
         queries = {i for i, _ in pairs}
-        want.append(KeyTile(len(tile), len({j for _, j in pairs}), len(queries), len({i // block_m for i in queries})))
-    assert list(key_tiles(problem, config, seqlen_q, seqlen_k)) == want
+        visits = {i // block_m for i in queries}
+        turns = {visit // turn_tiles for visit in visits}
+        want.append(KeyTile(len(tile), len({j for _, j in pairs}), len(queries), len(visits), len(turns)))
+    assert list(key_tiles(problem, config, seqlen_q, seqlen_k, turn_tiles)) == want
 
 
 @given(st.lists(st.integers(0, 90), min_size=1, max_size=9), st.integers(0, 90), st.sampled_from([16, 64]))

@@ -77,20 +77,21 @@ def test_no_length_changes_the_configuration(dtype: str) -> None:
 
 
 def test_splits_follow_from_what_the_host_knows() -> None:
-    """Room of the table, not lengths: a wave of blocks; of more sequences as much as two waves of shares more."""
+    """Room of the table, not lengths: one wave of blocks; of more sequences waves with two shares for each."""
     slots = H200 * blocks_per_sm(config(decode()), arch_named("sm_90"))
     for batch in (1, 8, 32):
         found = plan(decode(batch, 16384))
         assert 0.95 * slots < found.forward.grid[0] <= slots
     for batch in (64, 256):
         found = plan(decode(batch))
-        assert found.forward.grid[0] == 8 * (batch + 2 * (slots // 8) - 1)
+        wave = slots // 8
+        assert found.forward.grid[0] == 8 * wave * -(-2 * batch // wave)
     assert plan(decode(), options=Options(num_splits=5)).num_splits == 5
     assert plan(decode(), options=Options(num_splits=5)).even is None
 
 
 def test_what_is_not_worth_a_second_launch_is_not_split() -> None:
-    """Keys of one share; or of four, if there is a block for every place without."""
+    """128 keys; or 512, if there is a block for every place without."""
     for problem in (decode(1, 64), decode(1, 128), decode(256, 512), decode(256, left=300)):
         assert (plan(problem).num_splits, plan(problem).even) == (1, None)
     for problem in (decode(1, 144), decode(64, 512), decode(256, 528)):
