@@ -40,7 +40,7 @@ __device__ __forceinline__ Share share_of_slot(const ForwardParams& params, int 
         const int step = size - low;
         int counts[kSizes - 1] = {};
 #pragma unroll 1
-    for (int b = first; b < last; ++b) {
+        for (int b = first; b < last; ++b) {
             const int own = visible_tiles<C>(params, b);
 #pragma unroll
             for (int i = 0; i < kSizes - 1; ++i) counts[i] += max(1, ceil_div(own, low + step * i / (kSizes - 1)));
