@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import itertools
 import os
@@ -20,9 +21,10 @@ hypothesis.settings.load_profile("cuflash")
 DEFAULT_DEVICES = ("cpu", "emulated")
 
 # Translated kernels are many objects that stay: to look through them again and again took a tenth of the time. Now and
-# then it must be, for what tests leave in cycles; emulated devices are not among it.
+# then it must be, for what tests leave in cycles; and what glibc keeps of freed memory, gigabytes, goes back.
 gc.set_threshold(100_000)
-TESTS_PER_COLLECTION = 200
+TESTS_PER_COLLECTION = 50
+trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)
 tests_done = itertools.count(1)
 
 
@@ -48,6 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_teardown() -> None:
     if next(tests_done) % TESTS_PER_COLLECTION == 0:
         gc.collect()
+        trim(0)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
