@@ -30,10 +30,11 @@ class EvenWork:
 
     def counts(self, tiles: Sequence[int]) -> list[int]:
         """Shares of each sequence, by the key tiles that its queries see."""
-        *sizes, last = self.sizes(tiles)
-        of_sizes = ([max(1, -(-n // size)) for n in tiles] for size in (*sizes, last))
-        return next(counts for size, counts in zip((*sizes, last), of_sizes, strict=True)
-                    if size == last or sum(counts) <= self.most)  # fmt: skip
+        for size in self.sizes(tiles):
+            counts = [max(1, -(-n // size)) for n in tiles]
+            if sum(counts) <= self.most:
+                break
+        return counts
 
 
 def even_work(batch: int, most_tiles: int, least: int, wave: int) -> EvenWork:
